@@ -1,0 +1,166 @@
+"""A backbone with named heads: one tree of parameters, one `apply`, labels by depth."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jtl import masks
+from jtl.models import backbone as stages
+from jtl.models.backbone import Backbone, Batch, Out, variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A backbone and its heads.
+
+    `params` is `{"backbone": ..., "heads": {name: ...}}`, `stats` is `{"backbone": ...}` or `{}`.
+    The backbone's leaves bear the labels of their stages, a head's leaves the head's own name.
+    """
+
+    backbone: Backbone
+    heads: Mapping[str, Any]
+    params: dict[str, Any]
+    stats: dict[str, Any]
+
+    @property
+    def rules(self) -> tuple[tuple[str, str], ...]:
+        """(regex, label) rules that cover every leaf of `params`."""
+        body = tuple((f"backbone/(?:{regex})", label) for regex, label in self.backbone.groups)
+        return (*body, *((f"heads/{name}/.*", name) for name in self.heads))
+
+    @property
+    def labels(self) -> Any:
+        """Return the tree of labels of `params`."""
+        optional = tuple(rule for rule, label in self.rules if label == stages.UNUSED)
+        return masks.label(self.params, self.rules, optional=optional)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Labels of the backbone from stem to top, without "unused"."""
+        return self.backbone.labels
+
+    def apply(
+        self,
+        params: Any,
+        stats: Any,
+        batch: Batch,
+        *,
+        key: jax.Array | None = None,
+        live: frozenset[str] = frozenset(),
+    ) -> tuple[Out, Any]:
+        """Run the model; stages and heads whose label is not in `live` run in evaluation mode.
+
+        Args:
+            params: tree like `self.params`.
+            stats: tree like `self.stats`.
+            batch: raw columns, or the column of a border (see `prefix`).
+            key: for dropout; needed where `live` names anything that has dropout.
+            live: labels in training mode.
+
+        Returns:
+            `out` with "pooled", "tokens" where they were computed, and the logits of each head
+            under its name; and the statistics, changed in live stages only.
+        """
+        parts = 1 + len(self.heads)
+        keys = [None] * parts if key is None else list(jax.random.split(key, parts))
+        own = variables(params["backbone"], stats.get("backbone", {}))
+        out, moved = self.backbone.module.apply(
+            own, batch, live, rngs=_rngs(keys[0]), mutable=["batch_stats"] if stats else []
+        )
+        out = dict(out)
+        stats = {"backbone": moved["batch_stats"]} if stats else stats
+        tied = any(head.tied for head in self.heads.values())
+        seen = {**out, "table": self._table(params)} if tied else dict(out)
+        for (name, head), head_key in zip(self.heads.items(), keys[1:], strict=True):
+            own = {"params": params["heads"][name]}
+            out[name] = head.apply(own, seen, batch, name in live, rngs=_rngs(head_key))
+        return out, stats
+
+    def _table(self, params: Any) -> jax.Array:
+        return params["backbone"]["embeddings"]["word_embeddings"]["embedding"]
+
+    def border(self, live: frozenset[str]) -> int:
+        """Return the highest border below which every stage is held and so constant.
+
+        With 6 blocks, {"head"} gives 8 (the features) and {"block_4", "block_5", "head"} gives 5.
+        """
+        labels = stages.stage_labels(self.backbone.module.blocks)
+        moving = [k for k, label in enumerate(labels) if label in live]
+        if moving:
+            return moving[0]
+        pooled_only = all(head.needs == "pooled" for head in self.heads.values())
+        return len(labels) if pooled_only else len(labels) - 1
+
+    def prefix(self, params: Any, stats: Any, batch: Batch, border: int) -> dict[str, jax.Array]:
+        """Return the column at `border`, in evaluation mode: what a held prefix gives for good."""
+        module = self.backbone.module
+        stop = None if border == module.blocks + 2 else border
+        own = variables(params["backbone"], stats.get("backbone", {}))
+        value = module.apply(own, batch, frozenset(), stop)
+        return {stages.column(border, module.blocks): value["pooled"] if stop is None else value}
+
+    def locate(self, params: Any, stats: Any, batch: Batch) -> str | None:
+        """Return the label of the first stage or head with output that is not finite, or None."""
+        module = self.backbone.module
+        own = variables(params["backbone"], stats.get("backbone", {}))
+        first = stages.given(batch, module.blocks) + 1
+        for stop, label in enumerate(stages.stage_labels(module.blocks), start=1):
+            if stop >= first and not _finite(module.apply(own, batch, frozenset(), stop)):
+                return label
+        out, _ = self.apply(params, stats, batch)
+        return next((name for name in self.heads if not _finite(out[name])), None)
+
+    def on_axis(self, axis_name: str) -> "Model":
+        """Return the model with BatchNorm statistics taken over the devices of a pmapped axis."""
+        if not hasattr(self.backbone.module, "axis_name"):
+            return self
+        module = self.backbone.module.clone(axis_name=axis_name)
+        return dataclasses.replace(self, backbone=dataclasses.replace(self.backbone, module=module))
+
+
+def attach(backbone: Backbone, heads: Mapping[str, Any], *, key: jax.Array) -> Model:
+    """Put heads on a backbone; their weights are fresh.
+
+    Args:
+        backbone: the features.
+        heads: {name: head module}; a head's name is also its label, so no stage may bear it.
+        key: for the initial weights of the heads.
+
+    Raises:
+        ValueError: a head bears the name of a stage, or there is no head.
+    """
+    stage_names = stages.stage_labels(backbone.module.blocks)
+    taken = {*stage_names, stages.UNUSED, "tokens", "pooled", "table"} & set(heads)
+    if taken or not heads:
+        raise ValueError(
+            f"heads are named {sorted(heads)}; {sorted(taken)} are names of the backbone's own; "
+            "give at least one head, under a name of its own"
+        )
+    batch = backbone.family.example(backbone.config)
+    own = variables(backbone.params, backbone.stats)
+    out = jax.eval_shape(lambda: backbone.module.apply(own, batch))
+    out = {name: jnp.zeros(value.shape, value.dtype) for name, value in out.items()}
+    params = {"backbone": backbone.params, "heads": {}}
+    model = Model(backbone, dict(heads), params, _stats(backbone))
+    if any(head.tied for head in heads.values()):
+        out["table"] = model._table(model.params)
+    fresh = {
+        name: head.init(jax.random.fold_in(key, position), out, batch)["params"]
+        for position, (name, head) in enumerate(heads.items())
+    }
+    return dataclasses.replace(model, params={"backbone": backbone.params, "heads": fresh})
+
+
+def _stats(backbone: Backbone) -> dict[str, Any]:
+    return {"backbone": backbone.stats} if backbone.stats else {}
+
+
+def _rngs(key: jax.Array | None) -> dict[str, jax.Array]:
+    return {} if key is None else {"dropout": key}
+
+
+def _finite(tree: Any) -> bool:
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
