@@ -1,0 +1,158 @@
+"""Layers that transformer families share: activations by name, attention, query-key-value blocks.
+
+Attention is a plain einsum with a float32 softmax on CPU and TPU, and `jax.nn.dot_product_attention`
+on GPU, where cuDNN serves it if its rules are met.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+# Names as in the `hidden_act` of config.json. The tanh form and the exact one differ by 5e-4.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": _quick_gelu,
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Activation:
+    """Return the function that `hidden_act` of a config names; "gelu" is the exact one (erf).
+
+    Raises:
+        ValueError: no activation has this name.
+
+    >>> float(activation("relu")(jnp.array(-2.0)))
+    0.0
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not known; there are {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def attention(
+    query: Float[Array, "n queries heads size"],
+    key: Float[Array, "n keys heads size"],
+    value: Float[Array, "n keys heads size"],
+    *,
+    mask: Bool[Array, "n keys"] | Int[Array, "n keys"] | None = None,
+    dropout: Activation | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "n queries heads size"]:
+    """Return softmax(query key^T / sqrt(size) + bias) value, the softmax in float32.
+
+    Args:
+        query: of each head.
+        key: of each head.
+        value: of each head.
+        mask: 1 or True at keys that are attended to, None for all. A row without any gets the mean
+            over all keys, not NaN.
+        dropout: applied to the attention probabilities (n, heads, queries, keys); needs "einsum".
+        implementation: "einsum", "xla" or "cudnn"; None takes cuDNN on a GPU where its rules are
+            met, else "xla" on a GPU, else "einsum".
+
+    Raises:
+        ValueError: `dropout` with an implementation other than "einsum".
+
+    >>> x = jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> attention(0 * x, x, x).ravel().tolist()
+    [2.0, 2.0]
+    >>> attention(x, x, x, mask=jnp.array([[1, 0]])).ravel().tolist()
+    [1.0, 1.0]
+    """
+    chosen = implementation or _implementation(query, key, mask, dropout)
+    if chosen != "einsum":
+        if dropout is not None:
+            raise ValueError(f"attention {chosen!r} has no dropout of probabilities; use 'einsum'")
+        full = None if mask is None else _full_mask(mask, query.shape[1])
+        return jax.nn.dot_product_attention(query, key, value, mask=full, implementation=chosen)
+    scores = jnp.einsum("nqhd,nkhd->nhqk", query / math.sqrt(query.shape[-1]), key)
+    scores = scores.astype(jnp.float32)
+    if mask is not None:
+        bias = jnp.where(mask.astype(bool), 0.0, jnp.finfo(jnp.float32).min)
+        scores = scores + bias[:, None, None, :]
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if dropout is not None:
+        probabilities = dropout(probabilities)
+    return jnp.einsum("nhqk,nkhd->nqhd", probabilities, value)
+
+
+def _full_mask(mask: jax.Array, queries: int) -> jax.Array:
+    n, keys = mask.shape
+    return jnp.broadcast_to(mask.astype(bool)[:, None, None, :], (n, 1, queries, keys))
+
+
+def _implementation(query: Any, key: Any, mask: Any, dropout: Any) -> str:
+    """Choose by backend; cuDNN wants 16 bits, small heads and, with a mask, even lengths."""
+    if dropout is not None or jax.default_backend() != "gpu":
+        return "einsum"
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    small = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+    even = mask is None or (query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
+    return "cudnn" if half and small and even else "xla"
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention without its output projection: leaves query, key, value.
+
+    Attributes:
+        dim: width of the input and of the output.
+        heads: number of heads, a divisor of `dim`.
+        dropout: rate of dropout of the attention probabilities, where live.
+        bias: whether the three projections have one.
+        scale: standard deviation of the initial kernels.
+        dtype: of the computation; parameters are float32.
+    """
+
+    dim: int
+    heads: int
+    dropout: float = 0.0
+    bias: bool = True
+    scale: float = 0.02
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, hidden: jax.Array, mask: jax.Array | None = None, live: bool = False
+    ) -> jax.Array:
+        """Return (n, positions, dim) from hidden (n, positions, dim) and mask (n, positions)."""
+        if self.dim % self.heads:
+            raise ValueError(
+                f"{self.heads} attention heads do not divide the width {self.dim}; "
+                "give a number of heads that does"
+            )
+        shape = (*hidden.shape[:-1], self.heads, self.dim // self.heads)
+        query, key, value = (
+            nn.Dense(
+                self.dim,
+                use_bias=self.bias,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.normal(self.scale),
+                name=name,
+            )(hidden).reshape(shape)
+            for name in ("query", "key", "value")
+        )
+        drop = None
+        if live and self.dropout > 0:
+            drop = nn.Dropout(self.dropout, deterministic=False)
+        return attention(query, key, value, mask=mask, dropout=drop).reshape(hidden.shape)
