@@ -1,0 +1,24 @@
+"""Checkpoint files and trees: where they lie, how they are read, renamed, reported and written."""
+
+from jtl.weights.files import Checkpoint, read
+from jtl.weights.hub import locate
+from jtl.weights.load import fill
+from jtl.weights.rename import DEFAULT_RULES, to_ours, to_torch, torch_name
+from jtl.weights.report import LoadReport, check, counts, text
+from jtl.weights.save import write
+
+__all__ = [
+    "DEFAULT_RULES",
+    "Checkpoint",
+    "LoadReport",
+    "check",
+    "counts",
+    "fill",
+    "locate",
+    "read",
+    "text",
+    "to_ours",
+    "to_torch",
+    "torch_name",
+    "write",
+]

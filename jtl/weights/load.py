@@ -1,0 +1,108 @@
+"""Fill a tree with the weights of a checkpoint and say what happened to each of them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jtl.weights.files import Checkpoint
+from jtl.weights.rename import Rule, normalise, shape_to_ours, to_ours, torch_name
+from jtl.weights.report import LoadReport
+
+_BUFFERS = re.compile(r"(.*\.)?(position_ids|num_batches_tracked|relative_position_index)")
+_WRAPPERS = ("params/", "batch_stats/")
+
+
+def fill(
+    template: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    *,
+    rules: Iterable[Rule] = (),
+    aliases: Iterable[tuple[str, str]] = (),
+) -> tuple[dict[str, Any], LoadReport]:
+    """Return the template with its leaves read from the checkpoint, and the four lists.
+
+    Args:
+        template: `{"params": tree, "stats": tree}`, or any such dict of trees, whose leaves have
+            shape and dtype. The outer names are no part of the leaves' names.
+        checkpoint: of `weights.read`.
+        rules: see `rename.torch_name`.
+        aliases: see `rename.normalise`; applied to the names of the checkpoint.
+
+    Returns:
+        The trees as jax arrays of the template's dtypes; a leaf that is not in the checkpoint, or
+        has another shape there, comes back as it was in the template. Check the report before use.
+
+    Raises:
+        ValueError: two tensors of the checkpoint, or two leaves of ours, have the same name.
+    """
+    rules = tuple(rules)
+    stored = _stored(checkpoint, rules, tuple(aliases))
+    flat = {collection: flatten_dict(tree, sep="/") for collection, tree in template.items()}
+    wanted = _wanted([path for leaves in flat.values() for path in leaves], rules)
+    loaded, fresh, wrong = [], [], []
+    for leaves in flat.values():
+        for path, leaf in leaves.items():
+            name, layout = wanted[path]
+            if name not in stored:
+                fresh.append(path)
+                continue
+            leaves[path], fault = _value(checkpoint, stored[name], leaf, layout)
+            (wrong if fault else loaded).append(f"{path}: {fault}" if fault else path)
+    read = {name for name, _ in wanted.values()}
+    left = (name for name in stored if name not in read and not _BUFFERS.fullmatch(name))
+    trees = {collection: unflatten_dict(leaves, sep="/") for collection, leaves in flat.items()}
+    return trees, LoadReport(tuple(loaded), tuple(fresh), tuple(left), tuple(wrong))
+
+
+def _wanted(paths: Iterable[str], rules: tuple[Rule, ...]) -> dict[str, tuple[str, str]]:
+    """Map each leaf to its torch name and layout; no two leaves read one tensor."""
+    wanted = {path: torch_name(path, rules) for path in paths}
+    readers: dict[str, str] = {}
+    for path, (name, _) in wanted.items():
+        if name in readers:
+            raise ValueError(
+                f"the leaves {readers[name]!r} and {path!r} would both read {name!r}; "
+                "give them rules with different names"
+            )
+        readers[name] = path
+    return wanted
+
+
+def _stored(
+    checkpoint: Checkpoint, rules: tuple[Rule, ...], aliases: tuple[tuple[str, str], ...]
+) -> dict[str, str]:
+    """Map each name in torch's spelling to the name under which the checkpoint has it."""
+    stored: dict[str, str] = {}
+    for original in checkpoint.names:
+        name = original
+        if checkpoint.layout == "flax":
+            wrapper = next((w for w in _WRAPPERS if name.startswith(w)), "")
+            name = normalise(name.removeprefix(wrapper).replace("/", "."), aliases)
+            name = torch_name(name.replace(".", "/"), rules)[0]
+        else:
+            name = normalise(name, aliases)
+        if name in stored:
+            raise ValueError(
+                f"the checkpoint has both {stored[name]!r} and {original!r}, which are one weight "
+                f"({name!r}) after the aliases; drop one of them from the file"
+            )
+        stored[name] = original
+    return stored
+
+
+def _value(checkpoint: Checkpoint, name: str, leaf: Any, layout: str) -> tuple[Any, str]:
+    """Return the array for one leaf, or the leaf and what is wrong with it."""
+    shape, dtype = checkpoint.names[name]
+    layout = layout if checkpoint.layout == "torch" else "same"
+    same_kind = _is_float(dtype) == _is_float(leaf.dtype)
+    if shape_to_ours(shape, layout) != tuple(leaf.shape) or not same_kind:
+        there = f"checkpoint {jnp.dtype(dtype).name} {shape}"
+        return leaf, f"{there} model {jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}"
+    return jnp.asarray(to_ours(checkpoint.get(name), layout), dtype=leaf.dtype), ""
+
+
+def _is_float(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
