@@ -1,0 +1,178 @@
+"""What a task is made of: head, loss, metrics and the baseline that needs no features."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jtl.losses import bootstrap, metrics
+from jtl.losses import classification as class_loss
+from jtl.losses import regression as square_loss
+from jtl.models.heads import Linear
+from jtl.train.state import Context, Term
+
+
+class Task(NamedTuple):
+    """One task of a model.
+
+    Attributes:
+        kind: "classification" or "regression".
+        head: the head module.
+        term: `head name -> Term`, the task's loss.
+        metric: name of the figure that plans go by; higher is better.
+        score: `(logits, labels) -> {name: float}`, all figures.
+        interval: `(logits, labels) -> (low, high)`, 95 % bootstrap interval of the metric.
+        baseline: (name, `(train labels, labels) -> float`), the metric without features.
+        classes: names of the classes, () for a regression.
+    """
+
+    kind: str
+    head: Any
+    term: Callable[[str], Term]
+    metric: str
+    score: Callable[[Any, Any], dict[str, float]]
+    interval: Callable[[Any, Any], tuple[float, float]]
+    baseline: tuple[str, Callable[[Any, Any], float]]
+    classes: tuple[str, ...]
+
+
+def classification(
+    source: Any,
+    *,
+    metric: str = "accuracy",
+    smoothing: float = 0.0,
+    class_weights: str | None = None,
+    dropout: float = 0.1,
+    pooling: str | None = None,
+    init: str = "normal",
+) -> Task:
+    """Return the task of telling classes apart, for the training data of `source`.
+
+    Args:
+        source: training data with `classes` and integer labels.
+        metric: "accuracy" or "macro_f1".
+        smoothing: label smoothing, 0 to 1.
+        class_weights: "balanced" weighs class c by n / (classes * n_c); None weighs all alike.
+        dropout: rate before the head's layer.
+        pooling: see `heads.pool`.
+        init: see `heads.Linear`.
+
+    Raises:
+        ValueError: an unknown metric or weighting, no classes, or a class without a training example.
+    """
+    if metric not in ("accuracy", "macro_f1"):
+        raise ValueError(f"metric {metric!r} is not known; there are 'accuracy' and 'macro_f1'")
+    if class_weights not in (None, "balanced"):
+        raise ValueError(f"class_weights {class_weights!r} is not known; give 'balanced' or None")
+    counts = _counts(source)
+    weights = None if class_weights is None else jnp.asarray(metrics.class_weights(counts))
+
+    def term(name: str) -> Term:
+        def loss(c: Context) -> Any:
+            return class_loss.cross_entropy(
+                c.out[name],
+                c.batch["label"],
+                smoothing=smoothing,
+                class_weights=weights,
+                mask=c.batch["mask"],
+            )
+
+        return loss
+
+    classes = tuple(source.classes)
+    score = _classification_scores(len(classes))
+    head = Linear(len(classes), dropout=dropout, pooling=pooling, init=init)
+
+    def interval(logits: Any, labels: Any) -> tuple[float, float]:
+        if metric == "accuracy":
+            return bootstrap.bootstrap_interval((logits.argmax(-1) == labels).astype(np.float32))
+        return _resampled(lambda rows: score(logits[rows], labels[rows])[metric], len(labels))
+
+    def majority(train: Any, labels: Any) -> float:
+        guess = np.bincount(np.asarray(train), minlength=len(classes)).argmax()
+        return score(np.eye(len(classes))[np.full(len(labels), guess)], np.asarray(labels))[metric]
+
+    baseline = ("majority", majority)
+    return Task("classification", head, term, metric, score, interval, baseline, classes)
+
+
+def regression(
+    source: Any, *, dropout: float = 0.0, pooling: str | None = None, init: str = "normal"
+) -> Task:
+    """Return the task of predicting a number; its metric is R², 1 - squared error / variance."""
+    del source
+
+    def term(name: str) -> Term:
+        def loss(c: Context) -> Any:
+            return square_loss.squared_error(
+                c.out[name][:, 0], c.batch["label"], mask=c.batch["mask"]
+            )
+
+        return loss
+
+    def score(logits: Any, labels: Any) -> dict[str, float]:
+        error = np.mean((_flat(logits) - labels) ** 2)
+        return {"r2": float(1 - error / np.var(labels)), "rmse": float(np.sqrt(error))}
+
+    def interval(logits: Any, labels: Any) -> tuple[float, float]:
+        return _resampled(lambda rows: score(logits[rows], labels[rows])["r2"], len(labels))
+
+    def mean(train: Any, labels: Any) -> float:
+        return score(np.full(len(labels), np.mean(train)), labels)["r2"]
+
+    head = Linear(1, dropout=dropout, pooling=pooling, init=init)
+    return Task("regression", head, term, "r2", score, interval, ("mean", mean), ())
+
+
+def _flat(logits: Any) -> Any:
+    return logits[:, 0] if np.ndim(logits) == 2 else logits
+
+
+def _counts(source: Any) -> np.ndarray:
+    if not source.classes:
+        raise ValueError(
+            f"{source.name} has no classes; give integer or string labels, or the task 'regression'"
+        )
+    labels = np.asarray(source.columns["label"])
+    counts = np.bincount(labels, minlength=len(source.classes))
+    if counts.min() == 0:
+        absent = [source.classes[i] for i in np.flatnonzero(counts == 0)]
+        raise ValueError(
+            f"the training data of {source.name} has no example of {absent}; it has "
+            f"{dict(zip(source.classes, counts.tolist(), strict=True))}; take another seed or more rows"
+        )
+    return counts
+
+
+def _classification_scores(classes: int) -> Callable[[Any, Any], dict[str, float]]:
+    def score(logits: Any, labels: Any) -> dict[str, float]:
+        logits, labels = jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
+        total, weight = class_loss.cross_entropy(logits, labels)
+        correct, count = metrics.accuracy_sums(logits, labels)
+        table = metrics.confusion(logits, labels, classes)
+        return {
+            "accuracy": float(correct / count),
+            "macro_f1": float(metrics.macro_f1(table)),
+            "calibration_error": float(
+                metrics.calibration_error(metrics.calibration_sums(logits, labels))
+            ),
+            "loss": float(total / weight),
+        }
+
+    return score
+
+
+def _resampled(
+    figure: Callable[[np.ndarray], float], rows: int, *, samples: int = 500
+) -> tuple[float, float]:
+    """Return the percentile interval, 95 %, of a figure over examples drawn with replacement."""
+    rng = np.random.default_rng(0)
+    drawn = [figure(rng.integers(0, rows, rows)) for _ in range(samples)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def scores_of(task: Task, logits: Mapping[str, Any], labels: Any, *, head: str) -> dict[str, float]:
+    """Return all figures of a task from the logits of its head."""
+    return task.score(logits[head], np.asarray(labels))
