@@ -1,7 +1,7 @@
 """Layers that transformer families share: activations by name, attention, query-key-value blocks.
 
-Attention is a plain einsum with a float32 softmax on CPU and TPU, and `jax.nn.dot_product_attention`
-on GPU, where cuDNN serves it if its rules are met.
+Attention is a plain einsum with a float32 softmax on CPU and TPU. On GPU it is
+`jax.nn.dot_product_attention`, by cuDNN where its rules are met.
 """
 
 import functools
@@ -103,13 +103,14 @@ def _full_mask(mask: jax.Array, queries: int) -> jax.Array:
 
 
 def _implementation(query: Any, key: Any, mask: Any, dropout: Any) -> str:
-    """Choose by backend; cuDNN wants 16 bits, small heads and, with a mask, even lengths."""
+    """Choose by backend; cuDNN wants Ampere, 16 bits, small heads, even lengths with a mask."""
     if dropout is not None or jax.default_backend() != "gpu":
         return "einsum"
+    ampere = float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8.0
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     small = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     even = mask is None or (query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0)
-    return "cudnn" if half and small and even else "xla"
+    return "cudnn" if ampere and half and small and even else "xla"
 
 
 class SelfAttention(nn.Module):
