@@ -36,12 +36,13 @@ def pool(out: Mapping[str, jax.Array], batch: Mapping[str, Any], pooling: str | 
         return out["tokens"][:, 0]
     if pooling != "mean":
         raise ValueError(f"pooling {pooling!r} is not known; give one of {POOLINGS}, or None")
-    tokens = out["tokens"]
+    tokens = out["tokens"].astype(jnp.float32)
     mask = batch.get("attention_mask")
     if mask is None:
-        return jnp.mean(tokens, axis=1)
-    weight = jnp.asarray(mask, tokens.dtype)[:, :, None]
-    return jnp.sum(tokens * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
+        return jnp.mean(tokens, axis=1).astype(out["tokens"].dtype)
+    weight = jnp.asarray(mask, jnp.float32)[:, :, None]
+    mean = jnp.sum(tokens * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
+    return mean.astype(out["tokens"].dtype)
 
 
 def _kernel_init(init: str) -> Any:
