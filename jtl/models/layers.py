@@ -7,7 +7,7 @@ Attention is a plain einsum with a float32 softmax on CPU and TPU. On GPU it is
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Activation = Callable[[jax.Array], jax.Array]
+Implementation = Literal["einsum", "xla", "cudnn"]
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:
@@ -57,7 +58,7 @@ def attention(
     *,
     mask: Bool[Array, "n keys"] | Int[Array, "n keys"] | None = None,
     dropout: Activation | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "n queries heads size"]:
     """Return softmax(query key^T / sqrt(size) + bias) value, the softmax in float32.
 
@@ -102,7 +103,7 @@ def _full_mask(mask: jax.Array, queries: int) -> jax.Array:
     return jnp.broadcast_to(mask.astype(bool)[:, None, None, :], (n, 1, queries, keys))
 
 
-def _implementation(query: Any, key: Any, mask: Any, dropout: Any) -> str:
+def _implementation(query: Any, key: Any, mask: Any, dropout: Any) -> Implementation:
     """Choose by backend; cuDNN wants Ampere, 16 bits, small heads, even lengths with a mask."""
     if dropout is not None or jax.default_backend() != "gpu":
         return "einsum"
