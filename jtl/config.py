@@ -1,7 +1,7 @@
-"""From a config to calls: every section is `dict(kind="name", **fields)`, one table for each section.
+"""From a config to calls: a section is `dict(kind="name", **fields)`, one table for each section.
 
-Defaults stand in one place, the signature of the function that a kind names. An unknown section, kind or
-field is an error that lists the known ones.
+Defaults stand in one place, the signature of the function that a kind names. An unknown section,
+kind or field is an error that lists the known ones.
 """
 
 import difflib
@@ -151,7 +151,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _built(field: str, value: Any) -> Any:
-    """Return the object of a section; plans, tasks and penalties stay calls that the recipe makes."""
+    """Return the object of a section; plans, tasks and penalties stay calls for the recipe."""
     if field == "tasks":
         return tuple({**task, "data": build("data", task["data"])} for task in value)
     if field == "penalties":

@@ -94,13 +94,21 @@ class Model:
         pooled_only = all(head.needs == "pooled" for head in self.heads.values())
         return len(labels) if pooled_only else len(labels) - 1
 
-    def prefix(self, params: Any, stats: Any, batch: Batch, border: int) -> dict[str, jax.Array]:
-        """Return the column at `border`, in evaluation mode: what a held prefix gives for good."""
+    def prefix(self, params: Any, stats: Any, batch: Batch, *borders: int) -> dict[str, jax.Array]:
+        """Return the columns at `borders`, in one forward pass in evaluation mode.
+
+        Where the stages below a border are held, its column never changes; a batch that holds it
+        starts there.
+        """
         module = self.backbone.module
-        stop = None if border == module.blocks + 2 else border
         own = variables(params["backbone"], stats.get("backbone", {}))
-        value = module.apply(own, batch, frozenset(), stop)
-        return {stages.column(border, module.blocks): value["pooled"] if stop is None else value}
+        found: dict[str, jax.Array] = {}
+        for border in sorted(borders):
+            stop = None if border == module.blocks + 2 else border
+            value = module.apply(own, {**batch, **found}, frozenset(), stop)
+            name = stages.column(border, module.blocks)
+            found[name] = value["pooled"] if stop is None else value
+        return found
 
     def locate(self, params: Any, stats: Any, batch: Batch) -> str | None:
         """Return the label of the first stage or head with output that is not finite, or None."""

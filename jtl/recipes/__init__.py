@@ -1,0 +1,1 @@
+"""The toolshed: whole recipes, short, made to be read and copied."""

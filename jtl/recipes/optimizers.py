@@ -1,4 +1,4 @@
-"""Optimizers at unit rate, as phases want them: the step multiplies each label's update by its rate."""
+"""Optimizers at unit rate, for phases: the step multiplies each label's update by its rate."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _DECAYED = ("kernel", "embedding")
 
 
 def decayed(params: Any) -> Any:
-    """Return the mask of the leaves that weight decay applies to: matrices, not biases, norms, tokens.
+    """Return the mask of what weight decay applies to: matrices, not biases, norms, tokens.
 
     >>> decayed({"dense": {"kernel": 1.0, "bias": 1.0}, "norm": {"scale": 1.0}})
     {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}

@@ -1,6 +1,6 @@
-"""Linear probe: logistic or ridge regression on frozen features, its strength chosen on validation data.
+"""Linear probe: logistic or ridge regression on frozen features, the strong cheap baseline.
 
-The strong cheap baseline: every fine-tune shows it beside its own figure.
+Its strength is chosen on validation data; every fine-tune shows it beside its own figure.
 """
 
 from collections.abc import Callable

@@ -52,7 +52,7 @@ def folder(
     test: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Return an image folder: with subfolders train, validation, test as it is, else split by size."""
+    """Return an image folder: its subfolders train, validation, test as they are, else split."""
     root = hub.locate(path)
     parts = ("train", "validation", "test")
     if all((root / part).is_dir() for part in parts):

@@ -59,7 +59,7 @@ def classification(
         init: see `heads.Linear`.
 
     Raises:
-        ValueError: an unknown metric or weighting, no classes, or a class without a training example.
+        ValueError: an unknown metric or weighting, no classes, or a class without an example.
     """
     if metric not in ("accuracy", "macro_f1"):
         raise ValueError(f"metric {metric!r} is not known; there are 'accuracy' and 'macro_f1'")
@@ -140,7 +140,8 @@ def _counts(source: Any) -> np.ndarray:
         absent = [source.classes[i] for i in np.flatnonzero(counts == 0)]
         raise ValueError(
             f"the training data of {source.name} has no example of {absent}; it has "
-            f"{dict(zip(source.classes, counts.tolist(), strict=True))}; take another seed or more rows"
+            f"{dict(zip(source.classes, counts.tolist(), strict=True))}; "
+            "take another seed or more rows"
         )
     return counts
 
