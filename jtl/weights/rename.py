@@ -42,7 +42,7 @@ def torch_name(path: str, rules: Iterable[Rule] = ()) -> tuple[str, str]:
     for pattern, template, layout in (*rules, *DEFAULT_RULES):
         match = re.fullmatch(pattern, path)
         if match:
-            _axes(layout, 2 if layout == "dense" else 3)
+            _fits(layout, 0)  # refuses a layout that does not exist
             return match.expand(template).replace("/", "."), layout
     raise AssertionError("the last default rule fits every path")
 
@@ -84,20 +84,22 @@ def shape_to_ours(shape: Sequence[int], layout: str) -> tuple[int, ...] | None:
     >>> shape_to_ours((8, 3), "dense"), shape_to_ours((8,), "dense")
     ((3, 8), None)
     """
-    if layout != "same" and (len(shape) == 2) != (layout == "dense"):
+    if not _fits(layout, len(shape)):
         return None
     axes = _axes(layout, len(shape))
     return tuple(shape) if axes is None else tuple(shape[axis] for axis in axes)
 
 
-def _axes(layout: str, rank: int) -> tuple[int, ...] | None:
+def _fits(layout: str, rank: int) -> bool:
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not known; there are {LAYOUTS}; correct the rule")
-    if layout == "same":
-        return None
-    if (rank == 2) != (layout == "dense") or rank < 2:
+    return {"same": True, "dense": rank == 2, "conv": rank > 2}[layout]
+
+
+def _axes(layout: str, rank: int) -> tuple[int, ...] | None:
+    if not _fits(layout, rank):
         raise ValueError(
             f"layout {layout!r} is for kernels of rank {'2' if layout == 'dense' else '3 and more'}"
             f", this array has rank {rank}; give the leaf a rule with another layout"
         )
-    return (*range(2, rank), 1, 0)
+    return None if layout == "same" else (*range(2, rank), 1, 0)
