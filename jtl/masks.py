@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jtl.near import SHOWN, listed, nearest, nearest_leaves
+from jtl.near import listed, nearest, nearest_leaves
 from jtl.trees import changes, check_structure, names
 
 __all__ = [
@@ -202,11 +202,9 @@ def assert_held(before: PyTree, after: PyTree, mask: PyTree[bool] | None = None)
     _check_mask(before, held)
     moved = changes(split(before, held)[0], split(after, held)[0])
     if moved:
-        lines = [f"\n  {name}: {change}" for name, change in list(moved.items())[:SHOWN]]
-        more = f"\n  and {len(moved) - SHOWN} more" if len(moved) > SHOWN else ""
+        shown = listed([f"{name}: {change}" for name, change in moved.items()])
         raise ValueError(
-            f"{len(moved)} of {sum(jax.tree.leaves(held))} held leaves changed:"
-            f"{''.join(lines)}{more}\n"
+            f"{len(moved)} of {sum(jax.tree.leaves(held))} held leaves changed: {shown}; "
             "hold them with `masks.optimizer`, and put no decay and no update after it"
         )
 
@@ -231,8 +229,8 @@ def _known_labels(asked: set[str], labels: PyTree[str], what: str) -> set[str]:
     unknown = sorted(asked - known)
     if unknown:
         raise ValueError(
-            f"{what} names {unknown}, which no leaf bears; the labels are {sorted(known)}; take some "
-            f"of them{nearest(unknown[0], known)}"
+            f"{what} names {unknown}, which no leaf bears; take some of the labels {sorted(known)}"
+            f"{nearest(unknown[0], known)}"
         )
     return asked
 

@@ -1,5 +1,6 @@
 """Names of the leaves of a tree, and arithmetic over trees; sums are taken in float32."""
 
+import functools
 import math
 from typing import Any
 
@@ -170,7 +171,7 @@ def _wide(x: Any) -> jax.Array:
 
 
 def _total(tree: PyTree) -> jax.Array:
-    return sum(jax.tree.leaves(tree), jnp.float32(0.0))
+    return functools.reduce(jnp.add, jax.tree.leaves(tree), jnp.float32(0.0))
 
 
 def _check_shapes(name: str, *leaves: Any) -> None:
@@ -218,7 +219,7 @@ def _change(old: Any, new: Any) -> str:
 def _on_host(leaf: Any) -> list[np.ndarray]:
     if not isinstance(leaf, jax.Array):
         return [np.asarray(leaf)]
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if leaf.is_fully_addressable:
         return [np.asarray(leaf)]
