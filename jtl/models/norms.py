@@ -1,0 +1,113 @@
+"""Batch normalisation over the real rows of a batch, of all devices where asked, held where held.
+
+Padding rows (False in `batch["mask"]`) do not count, so a padded last batch, and devices with
+unequal numbers of real rows, give the statistics that the real rows alone would give.
+
+Reference: Ioffe and Szegedy 2015, arXiv:1502.03167.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def batch_moments(
+    x: Float[Array, "n *positions dim"],
+    mask: Bool[Array, " n"] | None = None,
+    *,
+    axis_name: str | None = None,
+) -> tuple[Float[Array, " dim"], Float[Array, " dim"], Float[Array, ""]]:
+    """Return mean, biased variance and number of values of each channel over the real rows.
+
+    All are float32, and in two passes: E[x^2] - E[x]^2 loses digits where the mean is large beside
+    the deviation. No real row at all gives zeros.
+
+    Args:
+        x: channels last.
+        mask: True at real rows; None for all.
+        axis_name: axis of devices over which sums and counts are added up.
+
+    >>> x = jnp.array([[1.0], [3.0], [50.0]])
+    >>> mean, variance, count = batch_moments(x, jnp.array([True, True, False]))
+    >>> mean.tolist(), variance.tolist(), float(count)
+    ([2.0], [1.0], 2.0)
+    """
+    x = x.astype(jnp.float32)
+    axes = tuple(range(x.ndim - 1))
+    per_row = x[0, ..., 0].size
+    rows = jnp.ones((x.shape[0],), bool) if mask is None else mask
+    real = rows.reshape((-1,) + (1,) * (x.ndim - 1))
+
+    def total(values: jax.Array) -> jax.Array:
+        return values if axis_name is None else jax.lax.psum(values, axis_name)
+
+    count = total(jnp.sum(rows, dtype=jnp.float32) * per_row)
+    divisor = jnp.maximum(count, 1.0)
+    mean = total(jnp.sum(jnp.where(real, x, 0.0), axes)) / divisor
+    # The `where` comes before the square: after it a NaN in padding would reach the gradient.
+    centred = jnp.where(real, x - mean.reshape((1,) * (x.ndim - 1) + (-1,)), 0.0)
+    return mean, total(jnp.sum(centred**2, axes)) / divisor, count
+
+
+class BatchNorm(nn.Module):
+    """Normalise each channel: params scale and bias, batch_stats mean and var, all float32.
+
+    Where live, by the moments of the real rows, and the running statistics move by
+    `new = (1 - momentum) old + momentum batch`, with the unbiased variance, as PyTorch does. Where
+    not live, by the running statistics, which stay as they are. A live batch without any real row
+    is treated as one that is not live.
+
+    Attributes:
+        momentum: weight of the batch in the running statistics (PyTorch's convention, not Flax's).
+        epsilon: added to the variance.
+        axis_name: axis of devices over which the moments are taken; None for one program.
+        dtype: of the output.
+    """
+
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "n *positions dim"],
+        mask: Bool[Array, " n"] | None = None,
+        live: bool = False,
+    ) -> Float[Array, "n *positions dim"]:
+        """Return x normalised; x (n, ..., dim), mask (n,) True at real rows.
+
+        Raises:
+            ValueError: live, and each channel has one value only, on one device.
+        """
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        stored_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        mean, var = stored_mean.value, stored_var.value
+        if live and not self.is_initializing():
+            self._check(x)
+            batch_mean, batch_var, count = batch_moments(x, mask, axis_name=self.axis_name)
+            unbiased = batch_var * count / jnp.maximum(count - 1.0, 1.0)
+            rate = jnp.where(count > 0, self.momentum, 0.0)
+            if self.is_mutable_collection("batch_stats"):
+                stored_mean.value = (1.0 - rate) * mean + rate * jax.lax.stop_gradient(batch_mean)
+                stored_var.value = (1.0 - rate) * var + rate * jax.lax.stop_gradient(unbiased)
+            mean = jnp.where(count > 0, batch_mean, mean)
+            var = jnp.where(count > 0, batch_var, var)
+        lead = (1,) * (x.ndim - 1)
+        factor = (scale * jax.lax.rsqrt(var + self.epsilon)).reshape(*lead, -1)
+        centred = x.astype(jnp.float32) - mean.reshape(*lead, -1)
+        return (centred * factor + bias.reshape(*lead, -1)).astype(self.dtype)
+
+    def _check(self, x: jax.Array) -> None:
+        if self.axis_name is None and x[..., 0].size == 1:
+            raise ValueError(
+                f"a live BatchNorm has input {x.shape}: one value a channel has no variance; "
+                "give a batch of two rows or more, or larger images, or hold the block"
+            )
