@@ -45,12 +45,12 @@ def pool(out: Mapping[str, jax.Array], batch: Mapping[str, Any], pooling: str | 
     return mean.astype(out["tokens"].dtype)
 
 
-def _kernel_init(init: str) -> Any:
-    if init == "zeros":
+def _kernel_init(start: str) -> Any:
+    if start == "zeros":
         return nn.initializers.zeros
-    if init == "normal":
+    if start == "normal":
         return nn.initializers.normal(0.02)
-    raise ValueError(f"head init {init!r} is not known; there are 'normal' and 'zeros'")
+    raise ValueError(f"head start {start!r} is not known; there are 'normal' and 'zeros'")
 
 
 class Linear(nn.Module):
@@ -60,13 +60,13 @@ class Linear(nn.Module):
         outputs: number of classes or of regressed values.
         dropout: rate of dropout before the layer, in phases in which the head is live.
         pooling: None for the backbone's own pooling, "cls" or "mean" over its tokens.
-        init: "normal" (standard deviation 0.02) or "zeros".
+        start: of the kernel, "normal" (standard deviation 0.02) or "zeros".
     """
 
     outputs: int
     dropout: float = 0.0
     pooling: str | None = None
-    init: str = "normal"
+    start: str = "normal"  # a field named `init` would hide the module's own method
 
     tied = False
 
@@ -82,7 +82,7 @@ class Linear(nn.Module):
         """Return float32 logits (n, outputs)."""
         features = pool(out, batch, self.pooling).astype(jnp.float32)
         features = nn.Dropout(self.dropout, deterministic=not live)(features)
-        dense = nn.Dense(self.outputs, kernel_init=_kernel_init(self.init), name="classifier")
+        dense = nn.Dense(self.outputs, kernel_init=_kernel_init(self.start), name="classifier")
         return dense(features)
 
 
@@ -111,7 +111,9 @@ class MaskedLM(nn.Module):
         """Return float32 logits (n, positions, vocabulary)."""
         hidden = nn.Dense(self.dim, kernel_init=_kernel_init("normal"), name="dense")(out["tokens"])
         hidden = activation(self.activation)(hidden)
-        hidden = nn.LayerNorm(epsilon=self.epsilon, name="LayerNorm")(hidden)
+        hidden = nn.LayerNorm(epsilon=self.epsilon, use_fast_variance=False, name="LayerNorm")(
+            hidden
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.vocabulary,))
         logits = hidden.astype(jnp.float32) @ out["table"].astype(jnp.float32).T
         return logits + bias[None, None, :]

@@ -82,7 +82,7 @@ def classification(
 
     classes = tuple(source.classes)
     score = _classification_scores(len(classes))
-    head = Linear(len(classes), dropout=dropout, pooling=pooling, init=init)
+    head = Linear(len(classes), dropout=dropout, pooling=pooling, start=init)
 
     def interval(logits: Any, labels: Any) -> tuple[float, float]:
         if metric == "accuracy":
@@ -121,7 +121,7 @@ def regression(
     def mean(train: Any, labels: Any) -> float:
         return score(np.full(len(labels), np.mean(train)), labels)["r2"]
 
-    head = Linear(1, dropout=dropout, pooling=pooling, init=init)
+    head = Linear(1, dropout=dropout, pooling=pooling, start=init)
     return Task("regression", head, term, "r2", score, interval, ("mean", mean), ())
 
 
