@@ -243,7 +243,8 @@ class _Embedder(nn.Module):
 
     def __call__(self, hidden: jax.Array, mask: jax.Array | None, live: bool) -> jax.Array:
         hidden = self.embedder(hidden, mask, live)
-        return nn.max_pool(hidden, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        sides: Any = ((1, 1), (1, 1))  # flax's annotation knows the words "SAME" and "VALID" alone
+        return nn.max_pool(hidden, (3, 3), strides=(2, 2), padding=sides)
 
 
 class ResNet(nn.Module):

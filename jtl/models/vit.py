@@ -210,13 +210,13 @@ class _Layer(nn.Module):
         self.output = _Output(self.config, self.dtype)
         self.layernorm_before = _norm(self.config, self.dtype)
         self.layernorm_after = _norm(self.config, self.dtype)
-        self.path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2))
+        self.drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2))
 
     def __call__(self, hidden: jax.Array, live: bool) -> jax.Array:
         inner = self.attention(self.layernorm_before(hidden), live)
-        hidden = hidden + self.path(inner, deterministic=not live)
+        hidden = hidden + self.drop(inner, deterministic=not live)
         inner = self.output(self.intermediate(self.layernorm_after(hidden)), live)
-        return hidden + self.path(inner, deterministic=not live)
+        return hidden + self.drop(inner, deterministic=not live)
 
 
 class _Layers(nn.Module):
