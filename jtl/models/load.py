@@ -1,5 +1,6 @@
 """From a folder, a hub id or a bare config to a `Backbone`; pretrained heads likewise."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,29 @@ from jtl.weights.report import LoadReport, check
 
 EXTRA_CONFIG = "jtl.json"
 _POOLING_CONFIG = "1_Pooling/config.json"
+_INPUT_FILES = {
+    "text": ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model"),
+    "image": ("preprocessor_config.json", "processor_config.json"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingInputs:
+    """Stands for the preprocessing of a checkpoint that has none: its use is an error."""
+
+    modality: str
+    folder: str
+
+    def __call__(self, raw: Any) -> Any:
+        """Refuse: nobody knows what these weights were fed with."""
+        files = _INPUT_FILES[self.modality]
+        raise ValueError(
+            f"{self.folder!r} has no preprocessing for {self.modality} inputs: none of {files}; "
+            "put the files of the original checkpoint there, or make the batches by hand"
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write nothing: there is nothing."""
 
 
 def load_backbone(
@@ -227,13 +251,16 @@ def _backbone(
 
 
 def _load_inputs(family: Family, checkpoint: Checkpoint) -> Any:
+    folder = checkpoint.folder
+    if not any((folder / name).is_file() for name in _INPUT_FILES[family.modality]):
+        return MissingInputs(family.modality, str(folder))
     if family.modality == "text":
         from jtl.data.text import load_text_inputs
 
-        return load_text_inputs(checkpoint.folder, checkpoint.config)
+        return load_text_inputs(folder, checkpoint.config)
     from jtl.data.images import load_image_inputs
 
-    return load_image_inputs(checkpoint.folder, checkpoint.config)
+    return load_image_inputs(folder, checkpoint.config)
 
 
 def _head(kind: str, config: Mapping[str, Any], backbone: Backbone) -> Any:
