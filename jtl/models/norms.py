@@ -47,7 +47,6 @@ def batch_moments(
     count = total(jnp.sum(rows, dtype=jnp.float32) * per_row)
     divisor = jnp.maximum(count, 1.0)
     mean = total(jnp.sum(jnp.where(real, x, 0.0), axes)) / divisor
-    # The `where` comes before the square: after it a NaN in padding would reach the gradient.
     centred = jnp.where(real, x - mean.reshape((1,) * (x.ndim - 1) + (-1,)), 0.0)
     return mean, total(jnp.sum(centred**2, axes)) / divisor, count
 
