@@ -106,12 +106,21 @@ def run_stages(
 
     Returns:
         `out` where all stages ran, else the hidden activations at `stop`.
+
+    Raises:
+        ValueError: the batch starts above `stop`, or above a live stage.
     """
     labels = stage_labels(module.blocks)
     stop = len(labels) if stop is None else stop
     start = given(batch, module.blocks)
     if start > stop:
         raise ValueError(f"the batch starts at border {start}; ask for that or more, not {stop}")
+    skipped = [label for label in labels[:start] if label in live]
+    if skipped:
+        raise ValueError(
+            f"the batch starts at border {start}, above the live stages {skipped}, which would not "
+            "run; give the raw columns or a lower border"
+        )
     hidden = batch[column(start, module.blocks)] if start else None
     if start == len(labels):
         return {"pooled": hidden}

@@ -1,6 +1,7 @@
 """A backbone with named heads: one tree of parameters, one `apply`, labels by depth."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ class Model:
     def rules(self) -> tuple[tuple[str, str], ...]:
         """(regex, label) rules that cover every leaf of `params`."""
         body = tuple((f"backbone/(?:{regex})", label) for regex, label in self.backbone.groups)
-        return (*body, *((f"heads/{name}/.*", name) for name in self.heads))
+        return (*body, *((f"heads/{re.escape(name)}/.*", name) for name in self.heads))
 
     @property
     def labels(self) -> Any:
@@ -104,9 +105,9 @@ class Model:
         own = variables(params["backbone"], stats.get("backbone", {}))
         found: dict[str, jax.Array] = {}
         for border in sorted(borders):
+            name = stages.column(border, module.blocks)
             stop = None if border == module.blocks + 2 else border
             value = module.apply(own, {**batch, **found}, frozenset(), stop)
-            name = stages.column(border, module.blocks)
             found[name] = value["pooled"] if stop is None else value
         return found
 
