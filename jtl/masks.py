@@ -21,20 +21,8 @@ import optax
 from jaxtyping import PyTree
 
 from jtl.near import listed, nearest, nearest_leaves
-from jtl.trees import changes, check_structure, names
-
-__all__ = [
-    "Count",
-    "assert_held",
-    "count",
-    "hold",
-    "label",
-    "mask",
-    "merge",
-    "names",
-    "optimizer",
-    "split",
-]
+from jtl.trees import changes, check_structure
+from jtl.trees import names as names
 
 
 class Count(NamedTuple):
@@ -87,7 +75,7 @@ def mask(labels: PyTree[str], keep: str | Iterable[str]) -> PyTree[bool]:
     return jax.tree.map(lambda name: name in kept, labels)
 
 
-def split(tree: PyTree, mask: PyTree[bool]) -> tuple[PyTree, PyTree]:
+def split(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     """Return the chosen leaves and the rest: two trees like `tree` with None in the holes.
 
     >>> split({"a": 1, "b": 2}, {"a": True, "b": False})
@@ -184,7 +172,7 @@ def hold(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def assert_held(before: PyTree, after: PyTree, mask: PyTree[bool] | None = None) -> None:
+def assert_held(before: PyTree, after: PyTree, mask: PyTree | None = None) -> None:
     """Raise unless the leaves of the mask are the same bit for bit.
 
     A NaN equals a NaN of the same bits; 0.0 and -0.0 differ.
@@ -199,7 +187,6 @@ def assert_held(before: PyTree, after: PyTree, mask: PyTree[bool] | None = None)
     """
     check_structure(before, after, "after")
     held = jax.tree.map(lambda _: True, before) if mask is None else mask
-    _check_mask(before, held)
     moved = changes(split(before, held)[0], split(after, held)[0])
     if moved:
         shown = listed([f"{name}: {change}" for name, change in moved.items()])
@@ -213,13 +200,17 @@ def _hole(node: Any) -> bool:
     return node is None
 
 
-def _check_mask(tree: PyTree, mask: PyTree[bool]) -> None:
+def _check_mask(tree: PyTree, mask: PyTree) -> None:
     check_structure(tree, mask, "mask")
-    leaves = zip(names(mask), jax.tree.leaves(mask), strict=True)
-    wrong = [f"{name}: {leaf!r}" for name, leaf in leaves if not isinstance(leaf, bool | np.bool_)]
+
+    def fits(leaf: Any, keep: Any) -> bool:
+        return leaf is None or isinstance(keep, bool | np.bool_)
+
+    good = jax.tree.map(fits, tree, mask, is_leaf=_hole)
+    wrong = [name for name, fit in zip(names(good), jax.tree.leaves(good), strict=True) if not fit]
     if wrong:
         raise ValueError(
-            f"a mask holds True and False, and this one has {listed(wrong)}; "
+            f"a mask holds True and False, and this one holds something else at {listed(wrong)}; "
             "make it with `masks.mask(labels, keep)`"
         )
 
@@ -238,7 +229,7 @@ def _known_labels(asked: set[str], labels: PyTree[str], what: str) -> set[str]:
 _Rules = list[tuple[re.Pattern[str], str]]
 
 
-def _compiled(rules: Iterable[tuple[str, str]]) -> _Rules:
+def _compiled(rules: Iterable[Any]) -> _Rules:
     compiled = []
     for rule in rules:
         pair = isinstance(rule, tuple | list) and len(rule) == 2

@@ -93,7 +93,7 @@ def lerp(a: PyTree, b: PyTree, t: float | Float[Array, ""]) -> PyTree:
 
 
 def weighted_squared_distance(
-    a: PyTree, b: PyTree, *, weight: PyTree | None = None, mask: PyTree[bool] | None = None
+    a: PyTree, b: PyTree, *, weight: PyTree | None = None, mask: PyTree | None = None
 ) -> Float[Array, ""]:
     """Return sum w (a - b)^2 over the leaves that the mask chooses.
 
@@ -161,8 +161,9 @@ def changes(before: PyTree, after: PyTree) -> dict[str, str]:
         ValueError: the trees differ in structure.
     """
     check_structure(before, after, "after")
-    rows = zip(names(before), jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    found = {name: _change(old, new) for name, old, new in rows}
+    leaves = [jax.tree.leaves(tree, is_leaf=_hole) for tree in (before, after)]
+    rows = zip(_filled_names(before), *leaves, strict=True)
+    found = {name: _change(old, new) for name, old, new in rows if old is not new}
     return {name: change for name, change in found.items() if change}
 
 

@@ -6,7 +6,7 @@ from jtl import trees
 
 
 def ewc(
-    params: PyTree, anchor: PyTree, fisher: PyTree, *, mask: PyTree[bool] | None = None
+    params: PyTree, anchor: PyTree, fisher: PyTree, *, mask: PyTree | None = None
 ) -> Float[Array, ""]:
     """Return 1/2 sum F (params - anchor)^2.
 

@@ -28,7 +28,7 @@ def fisher_diagonal(
     labels: Literal["sampled", "data", "exact"] = "sampled",
     classes: int | None = None,
     key: jax.Array | None = None,
-    mask: PyTree[bool] | None = None,
+    mask: PyTree | None = None,
     chunk: int | None = None,
 ) -> PyTree:
     """Return the mean over examples of (d log p(y | x) / d params)^2, in float32.

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, PyTree
 from jtl import trees
 
 
-def l2_sp(params: PyTree, anchor: PyTree, *, mask: PyTree[bool] | None = None) -> Float[Array, ""]:
+def l2_sp(params: PyTree, anchor: PyTree, *, mask: PyTree | None = None) -> Float[Array, ""]:
     """Return 1/2 sum (params - anchor)^2.
 
     >>> import jax.numpy as jnp
