@@ -1,0 +1,147 @@
+"""A plan is a list of phases: which labels move, at which rates, for how long."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from jtl.train import schedules
+from jtl.train.schedules import Rate
+
+
+class Plateau(NamedTuple):
+    """End the phase, and the series that it belongs to, when the metric no longer rises.
+
+    Attributes:
+        patience: evaluations without a new best that end the phase.
+        min_delta: a rise smaller than this is none.
+    """
+
+    patience: int = 1
+    min_delta: float = 0.0
+
+
+class EarlyStop(NamedTuple):
+    """End the phase when the metric no longer rises; later phases run whatever came out.
+
+    Attributes:
+        patience: evaluations without a new best that end the phase.
+        min_delta: a rise smaller than this is none.
+    """
+
+    patience: int = 1
+    min_delta: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training in which the same labels move.
+
+    Attributes:
+        name: unique in its plan.
+        rates: label -> rate; a label that is absent is held. Schedules count steps from the start
+            of the phase and span its longest length.
+        epochs: longest length in epochs, a fraction too; or give `steps`.
+        steps: longest length in steps.
+        until: None runs the full length. Otherwise the metric is watched after each epoch, and the
+            best weights of the phase, those at its start included, are restored at its end.
+        series: under `Plateau`, once a phase of a series ended without raising the metric, the
+            later phases of that series are skipped.
+    """
+
+    name: str
+    rates: Mapping[str, Rate]
+    epochs: float | int | None = None
+    steps: int | None = None
+    until: Plateau | EarlyStop | None = None
+    series: str = ""
+
+    @property
+    def live(self) -> frozenset[str]:
+        """The labels that move."""
+        return frozenset(self.rates)
+
+
+Plan = Sequence[Phase]
+
+
+def length(phase: Phase, steps_per_epoch: int) -> int:
+    """Return the longest length of a phase in steps.
+
+    >>> length(Phase("all", {"head": 0.1}, epochs=2.5), 10)
+    25
+    """
+    if phase.steps is not None:
+        return phase.steps
+    assert phase.epochs is not None
+    return max(1, round(phase.epochs * steps_per_epoch))
+
+
+def ever_live(plan: Plan) -> frozenset[str]:
+    """Return the labels that move in some phase.
+
+    >>> sorted(ever_live([Phase("a", {"head": 1.0}), Phase("b", {"top": 1.0})]))
+    ['head', 'top']
+    """
+    return frozenset().union(*(phase.live for phase in plan))
+
+
+def check_plan(plan: Plan, labels: Iterable[str]) -> None:
+    """Refuse a plan that cannot run on a tree with these labels.
+
+    Raises:
+        ValueError: an empty plan, two phases of one name, a phase that moves nothing or names an
+            unknown label, a rate that is not above 0, no length or two, a series without `Plateau`.
+    """
+    known = sorted(set(labels))
+    if not plan:
+        raise ValueError(
+            "the plan has no phases; the run would train nothing; give it one at least"
+        )
+    names = [phase.name for phase in plan]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two phases bear one name; the plan has {names}; rename one of them")
+    for phase in plan:
+        _check_labels(phase, known)
+        _check_length(phase)
+
+
+def _check_labels(phase: Phase, known: list[str]) -> None:
+    if not phase.rates:
+        raise ValueError(
+            f"phase {phase.name!r} has no rates and would move nothing; labels: {known}"
+        )
+    unknown = sorted(phase.live - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"; nearest to {unknown[0]!r}: {near}" if near else ""
+        raise ValueError(f"phase {phase.name!r} names {unknown}; the tree has {known}{hint}")
+    for label, rate in phase.rates.items():
+        if not isinstance(rate, schedules.Curve) and callable(rate):
+            continue
+        if not (math.isfinite(schedules.peak(rate)) and schedules.peak(rate) > 0):
+            raise ValueError(
+                f"phase {phase.name!r} gives {label!r} the rate {rate}; a rate is above 0; "
+                "leave the label out to hold it"
+            )
+
+
+def _check_length(phase: Phase) -> None:
+    given = {"epochs": phase.epochs, "steps": phase.steps}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(
+            f"phase {phase.name!r} has epochs={phase.epochs} and steps={phase.steps}; "
+            "give one of the two"
+        )
+    if not all(value is None or value > 0 for value in given.values()):
+        raise ValueError(f"phase {phase.name!r} has the length {given}; a length is above 0")
+    if phase.until is not None and phase.until.patience < 1:
+        raise ValueError(
+            f"phase {phase.name!r} has patience {phase.until.patience}; take 1 or more"
+        )
+    if phase.series and not isinstance(phase.until, Plateau):
+        raise ValueError(
+            f"phase {phase.name!r} is in the series {phase.series!r} with until={phase.until}; "
+            "a series ends by Plateau(...)"
+        )
