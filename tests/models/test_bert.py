@@ -1,6 +1,7 @@
 """BERT: names and shapes, values by hand, stages; parity with transformers' PyTorch models."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -278,8 +279,6 @@ def test_an_id_outside_the_table_is_not_finite(column):
 
 
 def _names(pattern, names):
-    import re
-
     return [name for name in names if re.fullmatch(pattern, name)]
 
 
