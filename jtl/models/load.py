@@ -145,13 +145,23 @@ def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dic
 
 
 def full_config(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with transformers' defaults for the fields that it does not state."""
+    """Return a config with transformers' defaults for the fields that it does not state.
+
+    Raises:
+        ValueError: transformers refuses a field.
+    """
     from transformers import AutoConfig
 
-    counted = {"num_labels": config["num_labels"]} if "num_labels" in config else {}
-    defaults = AutoConfig.for_model(model_type, **counted)
-    defaults = json.loads(defaults.to_json_string(use_diff=False))
-    return {**defaults, **config}
+    own = {name: value for name, value in config.items() if name != "model_type"}
+    try:
+        # All fields go in: some defaults follow from others (stage names from depths, labels).
+        whole = AutoConfig.for_model(model_type, **own)
+    except Exception as error:  # each field has its own check there, with its own kind of error
+        raise ValueError(
+            f"transformers refuses this {model_type} config: {' '.join(str(error).split())}; the "
+            f"config has {sorted(config)}; correct that field of config.json"
+        ) from error
+    return {**json.loads(whole.to_json_string(use_diff=False)), **config}
 
 
 def _family(model_type: Any, source: str) -> Family:
