@@ -22,7 +22,8 @@ def write(path: str | Path, tensors: Mapping[str, Any]) -> None:
 
     if not tensors:
         raise ValueError(f"{str(path)!r} was to hold no tensors at all; give at least one")
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    # order="C", since ascontiguousarray gives a scalar a dimension; safetensors ignores strides.
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     unfinished = f"{path}.unfinished"
     # transformers reads only files whose metadata names the framework of their layout.
     save_file(arrays, unfinished, metadata={"format": "pt"})

@@ -296,8 +296,7 @@ def test_automodel_opens_a_bare_backbone(tmp_path, family):
     model = _model(family, "mean", head=Linear(2, pooling="mean"))
     export(tmp_path / "x", model)
     peer, loading = transformers.AutoModel.from_pretrained(tmp_path / "x", output_loading_info=True)
-    if family != "resnet":
-        assert not any(loading[key] for key in ("missing_keys", "unexpected_keys"))
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     batch = _batch(family)
     with torch.no_grad():
         expected = peer.eval()(**_torch_batch(family, batch)).last_hidden_state.numpy()

@@ -247,6 +247,17 @@ def test_a_config_is_completed_by_the_defaults_of_transformers():
     assert len(config["id2label"]) == 3
 
 
+def test_defaults_follow_the_fields_that_are_stated():
+    config = load.full_config("resnet", CONFIGS["resnet"])
+    assert config["stage_names"] == ["stem", "stage1", "stage2"]
+    assert config["depths"] == [1, 2] and config["layer_type"] == "bottleneck"
+
+
+def test_a_config_that_transformers_refuses_is_an_error():
+    with pytest.raises(ValueError, match="refuses this bert config.*hidden_size.*correct"):
+        load.full_config("bert", {"hidden_size": "wide"})
+
+
 def test_a_pretrained_head_comes_with_its_weights(tmp_path):
     backbone = _backbone()
     lm = MaskedLM(backbone.dim, 30, activation="gelu")

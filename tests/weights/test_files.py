@@ -60,9 +60,11 @@ def test_types_that_numpy_lacks_are_read(tmp_path, dtype):
 def test_what_write_writes_read_reads(tmp_path):
     _folder(tmp_path)
     tensors = {"x": jnp.arange(6.0).reshape(2, 3).T, "y": jnp.ones(2, jnp.bfloat16)}
+    tensors["z"] = np.zeros((), np.int64)
     write(tmp_path / "model.safetensors", tensors)
     checkpoint = read(tmp_path)
     np.testing.assert_array_equal(checkpoint.get("x"), [[0, 3], [1, 4], [2, 5]])
+    assert checkpoint.names["z"].shape == ()
     assert checkpoint.get("y").dtype == ml_dtypes.bfloat16
     assert [entry.name for entry in tmp_path.glob("*unfinished*")] == []
 
