@@ -1,0 +1,129 @@
+"""Compile a step ahead, once for each shape of batch, and keep what was compiled on disk."""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtl.train.state import Batch, Metrics, Step, TrainState
+
+
+class Compiled(NamedTuple):
+    """A compiled step.
+
+    Attributes:
+        call: `(state, batch, start) -> (state, metrics)`; takes the state's buffers.
+        seconds: that tracing and compiling took.
+        flops: of one call by XLA's count (the body of a loop counts once); NaN where it has none.
+        temp_bytes: memory that a call needs beside its arguments and results.
+    """
+
+    call: Callable[..., Any]
+    seconds: float
+    flops: float
+    temp_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledSteps:
+    """A step that compiles itself once for each shape of batch, and then runs.
+
+    Attributes:
+        step: the step, as `make_step` returned it.
+        compiled: what was compiled so far, by the shapes of the batch; filled by use.
+    """
+
+    step: Step
+    compiled: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, state: TrainState, batch: Batch, start: Any) -> tuple[TrainState, Metrics]:
+        """Run a step; the state's buffers are taken, the batch's are not."""
+        start = jnp.asarray(start, jnp.int32)
+        return self.compile(state, batch, start).call(state, dict(batch), start)
+
+    def compile(self, state: Any, batch: Batch, start: Any) -> Compiled:
+        """Return the step compiled for these shapes; arguments as for `compile_step`."""
+        key = _shapes(batch)
+        if key not in self.compiled:
+            self.compiled[key] = compile_step(self.step, state, dict(batch), start)
+        return self.compiled[key]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent compiling so far."""
+        return sum(one.seconds for one in self.compiled.values())
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a step of the largest shape so far, 0 before the first."""
+        return max((one.flops for one in self.compiled.values()), default=0.0)
+
+
+def make_compiled(step: Step) -> CompiledSteps:
+    """Return the step, compiled once for each shape of batch that it meets."""
+    return CompiledSteps(step)
+
+
+def compile_step(step: Step, state: Any, batch: Any, start: Any) -> Compiled:
+    """Compile a step for these shapes, run nothing, and count.
+
+    The state's buffers are donated to each call, and the new state lies on the devices as the old.
+
+    Args:
+        step: as `make_step` returns it.
+        state: arrays, or their `jax.ShapeDtypeStruct` with the sharding of the real arrays.
+        batch: the same.
+        start: int32 scalar array, or its shape.
+    """
+    began = time.perf_counter()
+    where = jax.tree.map(_placed, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    compiled = jitted.lower(state, batch, start).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    return Compiled(
+        compiled, seconds, flops(compiled), int(getattr(memory, "temp_size_in_bytes", 0))
+    )
+
+
+def flops(compiled: Any) -> float:
+    """Return XLA's count of floating-point operations of a compiled function, NaN for none."""
+    cost = compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) and cost else cost
+    return float(cost.get("flops", float("nan"))) if isinstance(cost, dict) else float("nan")
+
+
+def enable_cache(folder: str | pathlib.Path | None = None) -> pathlib.Path:
+    """Keep compiled programs on disk, so that a second run starts without compiling; return where.
+
+    Args:
+        folder: None takes the folder that jax was told already (`JAX_COMPILATION_CACHE_DIR`), else
+            `jtl/xla` in the user's cache folder.
+    """
+    named = folder or jax.config.jax_compilation_cache_dir
+    place = pathlib.Path(named).expanduser() if named else _user_cache() / "jtl" / "xla"
+    place.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return place
+
+
+def _user_cache() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+
+
+def _shapes(batch: Batch) -> tuple[Any, ...]:
+    leaves = ((name, jnp.shape(x), jnp.result_type(x), _placed(x)) for name, x in batch.items())
+    return tuple(sorted(leaves, key=lambda row: row[0]))
+
+
+def _placed(leaf: Any) -> Any:
+    """Return the sharding of an array over several devices; XLA may choose it for others."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None

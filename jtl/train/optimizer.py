@@ -1,0 +1,55 @@
+"""One optimizer-state structure for all phases of a run: a phase swaps a pure function."""
+
+from collections.abc import Collection, Mapping
+
+import optax
+from jaxtyping import PyTree
+
+from jtl import masks
+
+
+def phase_optimizer(
+    txs: Mapping[str, optax.GradientTransformation],
+    labels: PyTree[str],
+    live: Collection[str],
+    ever_live: Collection[str],
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transform of a phase; those of all phases of a run share one state.
+
+    A live label has its transform. A label held now that moves in another phase keeps its state
+    untouched. A label that never moves has no state. Each label has moments and a step count of its
+    own: leaves that joined a group with an old count would get no bias correction, and step up to 4
+    times too far.
+
+    >>> labels = {"body": "body", "head": "head", "stem": "stem"}
+    >>> txs = {"body": optax.adam(1.0), "head": optax.adam(1.0)}
+    >>> tx = phase_optimizer(txs, labels, {"head"}, {"head", "body"})
+    >>> state = tx.init({name: np.ones(2) for name in labels})
+    >>> {name: len(jax.tree.leaves(part)) for name, part in state.inner_states.items()}
+    {'body': 3, 'head': 3, 'stem': 0}
+
+    Args:
+        txs: a transform at unit rate (`learning_rate=1.0`) for each label of `ever_live`; the step
+            multiplies by the rates.
+        labels: tree of labels of the parameters.
+        live: labels that move in this phase.
+        ever_live: labels that move in any phase of the run.
+
+    Raises:
+        ValueError: a live label that `ever_live` lacks, a label of `ever_live` without a transform,
+            or one that no leaf bears.
+    """
+    outside = sorted(set(live) - set(ever_live))
+    if outside:
+        raise ValueError(
+            f"live names {outside}, which ever_live {sorted(ever_live)} lacks; "
+            "ever_live is the union of the live labels of all phases"
+        )
+    bare = sorted(set(ever_live) - set(txs))
+    if bare:
+        raise ValueError(
+            f"labels {bare} move and have no transform; txs has {sorted(txs)}; "
+            "give a transform at unit rate for each label that moves"
+        )
+    chosen = {label: txs[label] if label in live else masks.hold(txs[label]) for label in ever_live}
+    return masks.optimizer(chosen, labels)

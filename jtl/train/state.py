@@ -1,0 +1,93 @@
+"""What training carries from step to step, and what a term sees of it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a run saves; arrays only.
+
+    Attributes:
+        step: number of steps taken, int32.
+        params: all parameters, live and held.
+        stats: running statistics, {} where the model has none.
+        opt_state: one structure for all phases of a run.
+        refs: arrays that terms read and nobody trains, by name.
+        key: the run's key; a step uses `fold_in(key, step)`.
+    """
+
+    step: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+    refs: Any
+    key: jax.Array
+
+
+class Context(NamedTuple):
+    """What a term may read.
+
+    Attributes:
+        params: all parameters; gradients reach the live ones.
+        out: what `apply` returned.
+        batch: the columns of this microbatch.
+        refs: the state's `refs`.
+        step: number of steps taken before this one.
+        key: of this term alone.
+    """
+
+    params: Any
+    out: Any
+    batch: Any
+    refs: Any
+    step: jax.Array
+    key: jax.Array
+
+
+Term = Callable[[Context], tuple[Any, Any]]
+"""`Context -> (sum, weight)`; the weight depends on the batch, never on parameters."""
+
+Step = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+"""`(state, batch, start) -> (state, metrics)`; `start` is the step at which the phase began."""
+
+
+class Apply(Protocol):
+    """A forward pass: labels in `live` run in training mode, all others in evaluation mode."""
+
+    def __call__(
+        self, params: Any, stats: Any, batch: Any, *, key: Any, live: frozenset[str]
+    ) -> tuple[Any, Any]:
+        """Return `(out, stats)`; `stats` as given where nothing in `live` has statistics."""
+        ...
+
+
+def create(
+    params: Any,
+    stats: Any,
+    tx: optax.GradientTransformation,
+    *,
+    refs: Any = None,
+    key: jax.Array,
+) -> TrainState:
+    """Return the state before the first step.
+
+    All arrays are copied: the step donates its state, and a buffer that two leaves share, or that
+    the caller still holds, would be gone.
+
+    Args:
+        params: all parameters.
+        stats: running statistics, {} for none.
+        tx: the transform of any phase of the run; all have the same state.
+        refs: arrays that terms read, by name; None for none.
+        key: the run's key.
+    """
+    parts = (params, stats, tx.init(params), {} if refs is None else refs, key)
+    params, stats, opt_state, refs, key = jax.tree.map(lambda x: jnp.array(x, copy=True), parts)
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, opt_state, refs, key)
