@@ -1,0 +1,41 @@
+"""Examples from arrays, tables, folders and TFDS to batches of fixed shapes in a seeded order.
+
+source = from_table("reviews.csv", text="text", label="label")
+parts = split(source, {"train": 2000, "validation": 1000, "test": 2000}, seed=0)
+dataset = encode(parts["train"], backbone.inputs)
+for batch in batches(dataset, 32, seed=0, stop=steps_per_epoch(dataset, 32)): ...
+"""
+
+from jtl.data.batches import batches, check_finite, plan, steps_per_epoch
+from jtl.data.buckets import choose_buckets
+from jtl.data.dataset import Dataset, encode
+from jtl.data.derive import derive
+from jtl.data.folders import from_folder
+from jtl.data.images import ImageInputs, image_inputs, load_image_inputs
+from jtl.data.sources import Source, from_arrays
+from jtl.data.split import split
+from jtl.data.tables import from_table
+from jtl.data.text import TextInputs, load_text_inputs
+from jtl.data.tfds import from_tfds
+
+__all__ = [
+    "Dataset",
+    "ImageInputs",
+    "Source",
+    "TextInputs",
+    "batches",
+    "check_finite",
+    "choose_buckets",
+    "derive",
+    "encode",
+    "from_arrays",
+    "from_folder",
+    "from_table",
+    "from_tfds",
+    "image_inputs",
+    "load_image_inputs",
+    "load_text_inputs",
+    "plan",
+    "split",
+    "steps_per_epoch",
+]

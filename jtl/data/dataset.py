@@ -1,0 +1,165 @@
+"""Encoded examples, ready for batches: columns in memory by bucket, or images read as needed."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jtl.data.buckets import bucket_of, choose_buckets
+from jtl.data.images import ImageInputs
+from jtl.data.sources import Source
+from jtl.data.text import TextInputs
+
+MEMORY_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Examples as arrays. Row r lies at `position[r]` of the columns of bucket `bucket[r]`.
+
+    Attributes:
+        parts: for each bucket, its columns in memory {name: (rows of the bucket, ...)}.
+        bucket: (n,) the bucket of each row.
+        labels: (n,) int32 classes or float32 numbers.
+        classes: names of the classes, None where the label is a number.
+        buckets: padded length of each bucket, (0,) where there is one shape only.
+        read: `rows -> columns` of what is not in memory, None where all is.
+        derived: names of the columns that `derive` has added.
+        name: of the source.
+    """
+
+    parts: tuple[Mapping[str, np.ndarray], ...]
+    bucket: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...] | None
+    buckets: tuple[int, ...]
+    read: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+    derived: tuple[str, ...] = ()
+    name: str = "data"
+    position: np.ndarray = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "position", _positions(self.bucket, len(self.parts)))
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.labels)
+
+    def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the columns of rows that lie in one bucket, without label, mask and index."""
+        part, position = self.parts[self.bucket[rows[0]]], self.position[rows]
+        held = {name: column[position] for name, column in part.items()}
+        return held if self.read is None else {**self.read(rows), **held}
+
+    def only(self, *names: str) -> "Dataset":
+        """Return the dataset whose batches start at these derived columns: no raw input.
+
+        The attention mask stays where a column has an axis of positions.
+
+        Raises:
+            ValueError: a name is not among the derived columns.
+        """
+        unknown = sorted(set(names) - set(self.derived))
+        if unknown or not names:
+            raise ValueError(
+                f"columns {unknown} are not derived; {self.name} has {sorted(self.derived)}; "
+                "name at least one of these, or derive them first"
+            )
+        return dataclasses.replace(
+            self,
+            parts=tuple(without_raw(part, names) for part in self.parts),
+            read=None,
+            derived=tuple(names),
+        )
+
+
+def without_raw(part: Mapping[str, np.ndarray], names: Any) -> dict[str, np.ndarray]:
+    """Return the named columns, with the attention mask if one of them has positions."""
+    masked = "attention_mask" in part and any(part[name].ndim >= 3 for name in names)
+    return {name: part[name] for name in (*names, *(["attention_mask"] if masked else []))}
+
+
+def encode(
+    source: Source,
+    inputs: Any,
+    *,
+    buckets: int = 2,
+    multiple: int = 8,
+    max_length: int | None = None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Dataset:
+    """Return the examples of a source as the model reads them.
+
+    Texts are tokenised once, into memory. Images are made once where they fit, else batch by batch.
+
+    Args:
+        source: raw examples.
+        inputs: the preprocessing of the weights, `backbone.inputs`.
+        buckets: at most so many padded lengths of texts.
+        multiple: the padded lengths are multiples of it.
+        max_length: texts are cut to so many tokens; None is all that the checkpoint takes.
+        memory_bytes: images of more than this in all are not kept in memory.
+
+    Raises:
+        ValueError: the source holds texts and the inputs are for images or the reverse, or an
+            example cannot be encoded.
+    """
+    modality = {TextInputs: "text", ImageInputs: "image"}.get(type(inputs))
+    if modality != source.modality:
+        raise ValueError(
+            f"{source.name} holds {source.modality}s; the backbone's inputs are "
+            f"{type(inputs).__name__}; take data or a backbone of the other kind, or give the "
+            "backbone its inputs (data.load_text_inputs, data.image_inputs)"
+        )
+    if modality == "text":
+        return _texts(source, inputs, buckets, multiple, max_length)
+    return _images(source, inputs, memory_bytes)
+
+
+def _texts(
+    source: Source, inputs: TextInputs, count: int, multiple: int, max_length: int | None
+) -> Dataset:
+    ragged = inputs.tokens(source.columns["text"], max_length=max_length)
+    lengths = np.asarray([len(ids) for ids in ragged["input_ids"]])
+    limit = max_length or inputs.max_length
+    buckets = choose_buckets(lengths, count, multiple=multiple, limit=limit)
+    bucket = bucket_of(lengths, buckets)
+    parts = tuple(
+        inputs.padded(ragged, np.flatnonzero(bucket == b), length)
+        for b, length in enumerate(buckets)
+    )
+    labels = source.columns["label"]
+    return Dataset(parts, bucket, labels, source.classes, buckets, name=source.name)
+
+
+def _images(source: Source, inputs: ImageInputs, memory_bytes: int) -> Dataset:
+    raw = source.columns["image"]
+
+    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
+        return inputs([raw[row] for row in rows.tolist()])
+
+    bucket = np.zeros(source.size, np.int32)
+    labels = source.columns["label"]
+    lazy = Dataset(({},), bucket, labels, source.classes, (0,), read, name=source.name)
+    if source.size * int(np.prod(inputs.size)) * inputs.channels * 4 > memory_bytes:
+        return lazy
+    part = _all_rows(lazy)
+    return dataclasses.replace(lazy, parts=(part,), read=None)
+
+
+def _all_rows(lazy: Dataset, chunk: int = 32) -> dict[str, np.ndarray]:
+    from jtl.data.threads import ahead
+
+    chunks = [np.arange(i, min(i + chunk, lazy.size)) for i in range(0, lazy.size, chunk)]
+    done = list(ahead(lambda i: lazy.columns(chunks[i]), 0, len(chunks), prefetch=2))
+    return {name: np.concatenate([columns[name] for columns in done]) for name in done[0]}
+
+
+def _positions(bucket: np.ndarray, buckets: int) -> np.ndarray:
+    position = np.empty(len(bucket), np.int32)
+    for b in range(buckets):
+        rows = np.flatnonzero(bucket == b)
+        position[rows] = np.arange(len(rows))
+    return position
