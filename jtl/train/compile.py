@@ -35,10 +35,12 @@ class CompiledSteps:
 
     Attributes:
         step: the step, as `make_step` returned it.
+        how: `(step, state, batch, start) -> Compiled`.
         compiled: what was compiled so far, by the shapes of the batch; filled by use.
     """
 
     step: Step
+    how: Callable[..., Compiled]
     compiled: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
 
     def __call__(self, state: TrainState, batch: Batch, start: Any) -> tuple[TrainState, Metrics]:
@@ -50,7 +52,7 @@ class CompiledSteps:
         """Return the step compiled for these shapes; arguments as for `compile_step`."""
         key = _shapes(batch)
         if key not in self.compiled:
-            self.compiled[key] = compile_step(self.step, state, dict(batch), start)
+            self.compiled[key] = self.how(self.step, state, dict(batch), start)
         return self.compiled[key]
 
     @property
@@ -66,7 +68,7 @@ class CompiledSteps:
 
 def make_compiled(step: Step) -> CompiledSteps:
     """Return the step, compiled once for each shape of batch that it meets."""
-    return CompiledSteps(step)
+    return CompiledSteps(step, compile_step)
 
 
 def compile_step(step: Step, state: Any, batch: Any, start: Any) -> Compiled:
@@ -85,10 +87,14 @@ def compile_step(step: Step, state: Any, batch: Any, start: Any) -> Compiled:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     compiled = jitted.lower(state, batch, start).compile()
     seconds = time.perf_counter() - began
+    return measured(compiled, seconds)
+
+
+def measured(compiled: Any, seconds: float) -> Compiled:
+    """Return a compiled step with XLA's count of what it costs."""
     memory = compiled.memory_analysis()
-    return Compiled(
-        compiled, seconds, flops(compiled), int(getattr(memory, "temp_size_in_bytes", 0))
-    )
+    temporary = int(getattr(memory, "temp_size_in_bytes", 0))
+    return Compiled(compiled, seconds, flops(compiled), temporary)
 
 
 def flops(compiled: Any) -> float:
