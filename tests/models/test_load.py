@@ -94,6 +94,10 @@ def test_the_real_minilm_loads_whole_and_pools_as_it_says():
     kernel = backbone.params["encoder"]["layer"]["5"]["intermediate"]["dense"]["kernel"]
     stored = checkpoint.get("encoder.layer.5.intermediate.dense.weight")
     np.testing.assert_array_equal(kernel, stored.T)
+    batch = backbone.inputs(["A great film.", "One of the worst films of the year, by far."])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    pooled = backbone(batch)["pooled"]
+    assert pooled.shape == (2, 384) and bool(jnp.isfinite(pooled).all())
     assert load.load_backbone(MINILM, pooling="cls").pooling == "cls"
 
 
