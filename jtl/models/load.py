@@ -147,6 +147,9 @@ def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dic
 def full_config(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with transformers' defaults for the fields that it does not state.
 
+    >>> full_config("bert", {"hidden_size": 48})["layer_norm_eps"]
+    1e-12
+
     Raises:
         ValueError: transformers refuses a field.
     """

@@ -37,6 +37,17 @@ def fill(
 
     Raises:
         ValueError: two tensors of the checkpoint, or two leaves of ours, have the same name.
+
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from jtl.weights.files import Tensor
+    >>> stored = {"a.weight": np.array([[1.0, 2.0]]), "b": np.zeros(3)}
+    >>> names = {name: Tensor(value.shape, value.dtype) for name, value in stored.items()}
+    >>> checkpoint = Checkpoint("torch", names, stored.__getitem__, {}, Path("x"))
+    >>> template = {"params": {"a": {"kernel": jnp.zeros((2, 1))}}}
+    >>> trees, report = fill(template, checkpoint)
+    >>> trees["params"]["a"]["kernel"].tolist(), report.unexpected
+    ([[1.0], [2.0]], ('b',))
     """
     rules = tuple(rules)
     stored = _stored(checkpoint, rules, tuple(aliases))
