@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
                 test="train[80%:]",
             ),
             task=dict(kind="classification", dropout=0.0),
-            plan=dict(kind="feature_extraction", rate=1e-3, epochs=20),
+            plan=dict(kind="feature_extraction", head_rate=1e-3, epochs=20),
             optimizer=dict(kind="adamw", weight_decay=0.0),
             batch_size=64,
             clip=None,
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
             smoke_with=dict(
                 backbone=dict(kind="scratch", family="resnet", config=tiny),
                 data=dict(kind="digits", train=128, validation=64, test=64),
-                plan=dict(kind="feature_extraction", rate=1e-2, epochs=2),
+                plan=dict(kind="feature_extraction", head_rate=1e-2, epochs=2),
                 batch_size=16,
             ),
         )

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
                 validation="train[90%:]",
                 test="test",
             ),
-            task=dict(kind="classification", init="zeros", dropout=0.0),
+            task=dict(kind="classification", start="zeros", dropout=0.0),
             plan=dict(
                 kind="linear_probe_then_finetune",
                 head_rate=1e-3,

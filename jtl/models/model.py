@@ -163,6 +163,19 @@ def attach(backbone: Backbone, heads: Mapping[str, Any], *, key: jax.Array) -> M
     return dataclasses.replace(model, params={"backbone": backbone.params, "heads": fresh})
 
 
+def add_head(model: Model, name: str, head: Any, *, key: jax.Array) -> Model:
+    """Return the model with one more head, with fresh weights; all else is as it was.
+
+    Raises:
+        ValueError: the model has a head of that name, or it is the name of a stage.
+    """
+    if name in model.heads:
+        raise ValueError(f"the model has a head {name!r} among {sorted(model.heads)}; take another")
+    fresh = attach(model.backbone, {name: head}, key=key).params["heads"]
+    params = {**model.params, "heads": {**model.params["heads"], **fresh}}
+    return dataclasses.replace(model, heads={**model.heads, name: head}, params=params)
+
+
 def _stats(backbone: Backbone) -> dict[str, Any]:
     return {"backbone": backbone.stats} if backbone.stats else {}
 

@@ -1,6 +1,6 @@
 """What a task is made of: head, loss, metrics and the baseline that needs no features."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ class Task(NamedTuple):
         metric: name of the figure that plans go by; higher is better.
         score: `(logits, labels) -> {name: float}`, all figures.
         interval: `(logits, labels) -> (low, high)`, 95 % bootstrap interval of the metric.
-        baseline: (name, `(train labels, labels) -> float`), the metric without features.
+        baseline: name of the answer without features, "majority" or "mean".
+        guess: `(train labels, n) -> logits`, that answer for n examples.
         classes: names of the classes, () for a regression.
     """
 
@@ -33,7 +34,8 @@ class Task(NamedTuple):
     metric: str
     score: Callable[[Any, Any], dict[str, float]]
     interval: Callable[[Any, Any], tuple[float, float]]
-    baseline: tuple[str, Callable[[Any, Any], float]]
+    baseline: str
+    guess: Callable[[Any, int], Any]
     classes: tuple[str, ...]
 
 
@@ -45,7 +47,7 @@ def classification(
     class_weights: str | None = None,
     dropout: float = 0.1,
     pooling: str | None = None,
-    init: str = "normal",
+    start: str = "normal",
 ) -> Task:
     """Return the task of telling classes apart, for the training data of `source`.
 
@@ -56,7 +58,7 @@ def classification(
         class_weights: "balanced" weighs class c by n / (classes * n_c); None weighs all alike.
         dropout: rate before the head's layer.
         pooling: see `heads.pool`.
-        init: see `heads.Linear`.
+        start: see `heads.Linear`.
 
     Raises:
         ValueError: an unknown metric or weighting, no classes, or a class without an example.
@@ -82,23 +84,24 @@ def classification(
 
     classes = tuple(source.classes)
     score = _classification_scores(len(classes))
-    head = Linear(len(classes), dropout=dropout, pooling=pooling, start=init)
+    head = Linear(len(classes), dropout=dropout, pooling=pooling, start=start)
 
     def interval(logits: Any, labels: Any) -> tuple[float, float]:
         if metric == "accuracy":
             return bootstrap.bootstrap_interval((logits.argmax(-1) == labels).astype(np.float32))
         return _resampled(lambda rows: score(logits[rows], labels[rows])[metric], len(labels))
 
-    def majority(train: Any, labels: Any) -> float:
-        guess = np.bincount(np.asarray(train), minlength=len(classes)).argmax()
-        return score(np.eye(len(classes))[np.full(len(labels), guess)], np.asarray(labels))[metric]
+    def majority(train: Any, rows: int) -> np.ndarray:
+        most = np.bincount(np.asarray(train), minlength=len(classes)).argmax()
+        return np.tile(np.eye(len(classes), dtype=np.float32)[most], (rows, 1))
 
-    baseline = ("majority", majority)
-    return Task("classification", head, term, metric, score, interval, baseline, classes)
+    return Task(
+        "classification", head, term, metric, score, interval, "majority", majority, classes
+    )
 
 
 def regression(
-    source: Any, *, dropout: float = 0.0, pooling: str | None = None, init: str = "normal"
+    source: Any, *, dropout: float = 0.0, pooling: str | None = None, start: str = "normal"
 ) -> Task:
     """Return the task of predicting a number; its metric is R², 1 - squared error / variance."""
     del source
@@ -118,11 +121,11 @@ def regression(
     def interval(logits: Any, labels: Any) -> tuple[float, float]:
         return _resampled(lambda rows: score(logits[rows], labels[rows])["r2"], len(labels))
 
-    def mean(train: Any, labels: Any) -> float:
-        return score(np.full(len(labels), np.mean(train)), labels)["r2"]
+    def mean(train: Any, rows: int) -> np.ndarray:
+        return np.full((rows, 1), np.mean(train), np.float32)
 
-    head = Linear(1, dropout=dropout, pooling=pooling, start=init)
-    return Task("regression", head, term, "r2", score, interval, ("mean", mean), ())
+    head = Linear(1, dropout=dropout, pooling=pooling, start=start)
+    return Task("regression", head, term, "r2", score, interval, "mean", mean, ())
 
 
 def _flat(logits: Any) -> Any:
@@ -172,8 +175,3 @@ def _resampled(
     drawn = [figure(rng.integers(0, rows, rows)) for _ in range(samples)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(low), float(high)
-
-
-def scores_of(task: Task, logits: Mapping[str, Any], labels: Any, *, head: str) -> dict[str, float]:
-    """Return all figures of a task from the logits of its head."""
-    return task.score(logits[head], np.asarray(labels))

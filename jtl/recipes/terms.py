@@ -5,13 +5,15 @@ A penalty is made once, when the start model is known: `penalty(start) -> Part`.
 outputs, what the start model gives on the training data (`columns`, computed once).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtl import data as jdata
+from jtl.data import Dataset
 from jtl.models.model import Model
 from jtl.penalties import ewc as ewc_formula
 from jtl.penalties import fisher, l2sp
@@ -28,23 +30,33 @@ class Start(NamedTuple):
         model: the start model.
         kept: names of heads that came with it, trained; a fresh head has nothing to keep.
         live: labels that move in some phase of the plan.
-        examples: `(head, rows) -> iterator of (batch, labels)`, batches of the task of a kept head.
+        datasets: {kept head: encoded training data of its task}, where the recipe has them.
         key: for sampling.
     """
 
     model: Model
     kept: tuple[str, ...]
     live: frozenset[str]
-    examples: Callable[[str, int], Any]
+    datasets: Mapping[str, Dataset]
     key: jax.Array
 
 
 class Part(NamedTuple):
-    """A penalty ready for the step: its term, its refs by name, and its columns."""
+    """A penalty ready for the step.
 
+    Attributes:
+        name: of the term in the metrics.
+        term: see `train.state.Term`.
+        refs: arrays that the term reads from `Context.refs`.
+        columns: `batch -> columns` of the training data, computed once with the start model.
+        column_names: the names that `columns` gives.
+    """
+
+    name: str
     term: Term
     refs: dict[str, Any]
     columns: Columns | None = None
+    column_names: tuple[str, ...] = ()
 
 
 def l2_sp(start: Start, *, weight: float = 0.01) -> Part:
@@ -57,7 +69,7 @@ def l2_sp(start: Start, *, weight: float = 0.01) -> Part:
         value = l2sp.l2_sp(c.params["backbone"], c.refs["l2_sp"])
         return weight * value, jnp.float32(1.0)
 
-    return Part(term, {"l2_sp": start.model.params["backbone"]})
+    return Part("l2_sp", term, {"l2_sp": start.model.params["backbone"]})
 
 
 def ewc(
@@ -65,6 +77,7 @@ def ewc(
     *,
     weight: float = 100.0,
     head: str | None = None,
+    data: Mapping[str, Any] | None = None,
     labels: str = "sampled",
     examples: int = 256,
     chunk: int = 8,
@@ -75,17 +88,19 @@ def ewc(
         start: its model must have kept a trained head.
         weight: lambda of the paper, per unit of the mean Fisher information of one example.
         head: which kept head; None where there is only one.
+        data: {"train": source} of that head's task; None where the recipe has it.
         labels: "sampled" from the model, "data", or "exact" over all classes.
         examples: number of training examples of that task that the Fisher is taken over.
         chunk: examples whose gradients are held in memory at once.
 
     Raises:
-        ValueError: no kept head, or several and none named.
+        ValueError: no kept head, or several and none named; no data of its task.
 
     Reference: Kirkpatrick et al. 2017, arXiv:1612.00796, equation 3.
     """
     head = _one_head(start, head, "ewc")
     model, params, stats = start.model, start.model.params, start.model.stats
+    dataset = _dataset(start, head, data)
 
     def log_prob(backbone: Any, example: Mapping[str, Any], label: Any) -> Any:
         one = {name: jnp.expand_dims(value, 0) for name, value in example.items()}
@@ -97,7 +112,7 @@ def ewc(
     importance = fisher.fisher_diagonal(
         log_prob,
         params["backbone"],
-        start.examples(head, examples),
+        _examples(dataset, examples),
         labels=labels,  # pyright: ignore[reportArgumentType]
         classes=int(np.shape(params["heads"][head]["classifier"]["bias"])[0]),
         key=start.key,
@@ -111,7 +126,8 @@ def ewc(
         )
         return weight * value, jnp.float32(1.0)
 
-    return Part(term, {f"anchor/{head}": params["backbone"], f"fisher/{head}": importance})
+    refs = {f"anchor/{head}": params["backbone"], f"fisher/{head}": importance}
+    return Part(f"ewc_{head}", term, refs)
 
 
 def kl(
@@ -139,7 +155,7 @@ def kl(
         value = kl_formula.kl(c.out[head], c.batch[name], temperature=temperature, mask=mask)
         return weight * value * rows, rows
 
-    return Part(term, {}, columns)
+    return Part(f"kl_{head}", term, {}, columns, (name,))
 
 
 def _one_head(start: Start, head: str | None, what: str) -> str:
@@ -152,3 +168,24 @@ def _one_head(start: Start, head: str | None, what: str) -> str:
         f"{list(start.kept)}; start from a run (backbone of kind 'run'), name one of its heads, or "
         "take l2_sp, which needs none"
     )
+
+
+def _dataset(start: Start, head: str, data: Mapping[str, Any] | None) -> Dataset:
+    if data is not None:
+        return jdata.encode(data["train"], start.model.backbone.inputs)
+    if head not in start.datasets:
+        raise ValueError(
+            f"ewc needs examples of the task of head {head!r}; there are data of "
+            f"{sorted(start.datasets)}; give data={{'train': source}} (in a config, a data section)"
+        )
+    return start.datasets[head]
+
+
+def _examples(dataset: Dataset, rows: int) -> Iterator[tuple[Any, Any]]:
+    """Return batches of raw columns and labels, real rows only, `rows` in all at the most."""
+    left = rows
+    for chosen in jdata.plan(dataset, min(32, dataset.size)):
+        chosen = chosen[:left]
+        left -= len(chosen)
+        if len(chosen):
+            yield dataset.columns(chosen), dataset.labels[chosen]

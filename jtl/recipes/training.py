@@ -1,0 +1,268 @@
+"""Train a model on one task: datasets, terms, derived columns and phases put together."""
+
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jtl import data as jdata
+from jtl import masks
+from jtl.models.backbone import UNUSED
+from jtl.models.model import Model
+from jtl.recipes.tasks import Task
+from jtl.recipes.terms import Part, Start
+from jtl.recipes.views import make_view
+from jtl.report import console, record
+from jtl.train import checkpoint, evaluate, parallel, plan, run, schedules, step
+
+Datasets = dict[str, jdata.Dataset]
+EVALUATION_ROWS = 64
+AXIS = "device"
+
+
+class Job(NamedTuple):
+    """One task to train.
+
+    Attributes:
+        model: the start, with the task's head attached.
+        head: name of the task's head.
+        task: loss and figures.
+        datasets: "train" and "validation".
+        plan: the phases.
+        seed: of order and dropout.
+    """
+
+    model: Model
+    head: str
+    task: Task
+    datasets: Datasets
+    plan: Sequence[plan.Phase]
+    seed: int
+
+
+class Settings(NamedTuple):
+    """How to train; see `fine_tune` for each."""
+
+    optimizer: Any
+    batch_size: int = 32
+    clip: float | None = 1.0
+    accumulate: int = 1
+    parallel: str = "jit"
+    save_every: int | None = None
+    columns_mib: int = 2048
+
+
+class Engine(NamedTuple):
+    """A job made ready.
+
+    Attributes:
+        events: the run; nothing happens before it is iterated.
+        features: `part -> out["pooled"]` (n, dim) of the start model.
+        steps_per_epoch: of the training data.
+        checkpoints: open; None where none are kept.
+    """
+
+    events: Iterator[run.Event]
+    features: Callable[[str], np.ndarray]
+    steps_per_epoch: int
+    checkpoints: Any
+
+
+class Ended(NamedTuple):
+    """What a run came to: the last params and stats, a row for each phase, and seconds."""
+
+    params: Any
+    stats: Any
+    phases: list[dict[str, Any]]
+    seconds: float
+
+
+def make_datasets(
+    model: Model, sources: Mapping[str, Any], *, buckets: int = 2, max_length: int | None = None
+) -> Datasets:
+    """Return the sources as datasets ready for batches, by the inputs of the model's backbone."""
+    inputs = model.backbone.inputs
+    return {
+        part: jdata.encode(source, inputs, buckets=buckets, max_length=max_length)
+        for part, source in sources.items()
+    }
+
+
+def once(dataset: jdata.Dataset, rows: int = EVALUATION_ROWS) -> Iterator[dict[str, Any]]:
+    """Return one pass over a dataset in order."""
+    size = min(rows, dataset.size)
+    return jdata.batches(dataset, size, shuffle=False, stop=jdata.steps_per_epoch(dataset, size))
+
+
+def make_parts(
+    job: Job, penalties: Sequence[Callable[..., Part]], kept: Sequence[str]
+) -> list[Part]:
+    """Return the penalties made for the start model of a job; `kept` are its trained heads."""
+    live = plan.ever_live(job.plan)
+    key = jax.random.fold_in(jax.random.key(job.seed), 2)
+    return [penalty(Start(job.model, tuple(kept), live, {}, key)) for penalty in penalties]
+
+
+def make_engine(
+    job: Job,
+    settings: Settings,
+    *,
+    parts: Sequence[Part] = (),
+    folder: pathlib.Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Return the run of a job, and the frozen features of its start.
+
+    Args:
+        job: what to train.
+        settings: how.
+        parts: penalties beside the task's loss.
+        folder: of checkpoints, from which an interrupted run goes on; None saves none.
+        config: what the checkpoints are of; those of another config are refused.
+
+    Raises:
+        ValueError: the plan, the sizes or the way of running do not fit.
+    """
+    model, task = job.model, job.task
+    plan.check_plan(job.plan, (*model.groups, *model.heads))
+    make, apply = _way(settings, model)
+    train_set = _with_columns(job.datasets["train"], parts)
+    lives = [frozenset({job.head}), *(phase.live for phase in job.plan)]
+    views = {
+        part: make_view(
+            model,
+            dataset,
+            lives,
+            batch_size=min(EVALUATION_ROWS, dataset.size),
+            budget_bytes=settings.columns_mib * 2**20,
+        )
+        for part, dataset in (("train", train_set), ("validation", job.datasets["validation"]))
+    }
+    predict = evaluate.make_predict(model.apply, heads=(job.head,))
+    truth = job.datasets["validation"].labels
+
+    def feed(live: frozenset[str], params: Any, stats: Any) -> run.Feed:
+        dataset = views["train"](live, params, stats)
+
+        def batches(start: int) -> Iterator[dict[str, Any]]:
+            return jdata.batches(dataset, settings.batch_size, seed=job.seed, start=start)
+
+        return run.Feed(batches, jdata.steps_per_epoch(dataset, settings.batch_size))
+
+    def score(params: Any, stats: Any, live: frozenset[str]) -> dict[str, float]:
+        dataset = views["validation"](live, params, stats)
+        return task.score(predict(params, stats, once(dataset))[job.head], truth)
+
+    def features(part: str) -> np.ndarray:
+        raw = part not in views
+        dataset = job.datasets[part] if raw else views[part](lives[0], model.params, model.stats)
+        pooled = evaluate.make_predict(model.apply, heads=("pooled",))
+        return pooled(model.params, model.stats, once(dataset))["pooled"]
+
+    labels = model.labels
+    txs = dict.fromkeys(plan.ever_live(job.plan), settings.optimizer)
+    refs = {name: value for part in parts for name, value in part.refs.items()}
+    key = jax.random.fold_in(jax.random.key(job.seed), 1)
+    begin = run.start_state(
+        model.params, model.stats, job.plan, txs=txs, labels=labels, refs=refs, key=key
+    )
+    kept = None
+    if folder is not None:
+        kept = checkpoint.open_checkpoints(folder, fingerprint={"config": dict(config or {})})
+    events = run.run(
+        begin,
+        job.plan,
+        apply=apply,
+        terms={task.kind: task.term(job.head), **{part.name: part.term for part in parts}},
+        txs=txs,
+        labels=labels,
+        feed=feed,
+        evaluate=score,
+        metric=task.metric,
+        clip=settings.clip,
+        accumulate=settings.accumulate,
+        checkpoints=kept,
+        save_every=settings.save_every,
+        make=make,
+        locate=model.locate,
+    )
+    steps = jdata.steps_per_epoch(train_set, settings.batch_size)
+    return Engine(events, features, steps, kept)
+
+
+def follow(place: record.Run, job: Job, engine: Engine) -> Ended:
+    """Run to the end: every event goes to `metrics.jsonl` and to the console."""
+    planned = [
+        {"name": p.name, "live": sorted(p.live), "steps": plan.length(p, engine.steps_per_epoch)}
+        for p in job.plan
+    ]
+    there = None if engine.checkpoints is None else checkpoint.latest(engine.checkpoints)
+    if there is not None:
+        record.cut(place, there["step"])
+    event = None
+    order = job.model.groups
+    with console.progress(planned, metric=job.task.metric, order=order) as show:
+        for event in engine.events:
+            row = {**event.metrics, "kind": event.kind, "step": event.step, "phase": event.phase}
+            record.append(place, row)
+            show(row)
+    assert event is not None
+    if engine.checkpoints is not None:
+        checkpoint.close(engine.checkpoints)
+    rows = [{"held_bit_equal": True, "skipped": False, **row} for row in event.progress.history]
+    return Ended(event.state.params, event.state.stats, rows, sum(row["seconds"] for row in rows))
+
+
+def group_rows(job: Job) -> list[dict[str, Any]]:
+    """Return label, leaves, parameters and peak rate in each phase, from stem to heads."""
+    counts = masks.count(job.model.params, job.model.labels)
+    order = [*job.model.groups, UNUSED, *job.model.heads]
+    return [
+        {
+            "label": label,
+            "leaves": counts[label].leaves,
+            "parameters": counts[label].parameters,
+            "rates": {p.name: _peak(p.rates[label]) for p in job.plan if label in p.rates},
+        }
+        for label in order
+        if label in counts
+    ]
+
+
+def _peak(rate: Any) -> float | None:
+    peak = schedules.peak(rate)
+    return None if math.isnan(peak) else peak
+
+
+def _way(settings: Settings, model: Model) -> tuple[Any, Any]:
+    """Return how a step is made and run, and the forward pass that belongs to it."""
+    if settings.parallel == "jit":
+        return None, model.apply
+    if settings.parallel != "pmap":
+        raise ValueError(
+            f"parallel is {settings.parallel!r}; give 'jit' or 'pmap' (all local devices)"
+        )
+
+    def make(*args: Any, **options: Any) -> Any:
+        return parallel.pmap_step(step.make_step(*args, **options, axis_name=AXIS), axis_name=AXIS)
+
+    return make, model.on_axis(AXIS).apply
+
+
+def _with_columns(dataset: jdata.Dataset, parts: Sequence[Part]) -> jdata.Dataset:
+    """Return the training data with what the start model gives on it, for penalties on outputs."""
+    for part in parts:
+        if part.columns is None:
+            continue
+        size = min(EVALUATION_ROWS, dataset.size)
+        whole = jdata.derive(dataset, size, jax.jit(part.columns), names=part.column_names)
+        if whole is None:
+            raise ValueError(
+                f"the reference outputs {list(part.column_names)} of {dataset.name} do not fit in "
+                "memory; take fewer examples, or a penalty on weights such as l2_sp"
+            )
+        dataset = whole
+    return dataset
