@@ -50,29 +50,37 @@ def as_labels(
 
 
 def _array(values: Sequence[Any] | np.ndarray, name: str) -> np.ndarray:
-    array = np.asarray(values)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "biufU":
+        array = values
+    else:  # np.asarray would spell a missing string "nan", a class like any other
+        array = _from_objects(list(values), name)
     if array.ndim != 1:
         raise ValueError(
             f"labels of {name} have shape {array.shape}; one label for each example is wanted; "
             "give one class or one number a row"
         )
-    if array.dtype.kind == "b":
-        return array.astype(np.int64)
-    if array.dtype.kind in "iufU":
-        return array
-    missing = [row for row, value in enumerate(values) if value is None or value != value]
+    return array.astype(np.int64) if array.dtype.kind == "b" else array
+
+
+def _from_objects(values: list[Any], name: str) -> np.ndarray:
+    missing = [row for row, value in enumerate(values) if _is_missing(value)]
     if missing:
-        raise _missing(missing, len(array), name)
+        raise _missing(missing, len(values), name)
     if all(isinstance(value, str) for value in values):
-        return array.astype(str)
-    try:
-        return np.asarray([float(value) for value in values])
-    except (TypeError, ValueError):
-        kinds = sorted({type(value).__name__ for value in values})
-        raise ValueError(
-            f"labels of {name} are of the types {kinds}; "
-            "labels are strings, integers or floats; convert the column to one of them"
-        ) from None
+        return np.asarray(values, str)
+    if all(isinstance(value, int | float | np.number | np.bool_) for value in values):
+        return np.asarray(values)
+    kinds = sorted({type(value).__name__ for value in values})
+    raise ValueError(
+        f"labels of {name} are of the types {kinds}; all strings or all numbers are wanted; "
+        "convert the column, or choose another by label="
+    )
+
+
+def _is_missing(value: Any) -> bool:
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas' own
+        return True
+    return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
 def _numbers(array: np.ndarray, name: str) -> np.ndarray:

@@ -120,7 +120,7 @@ def _json_names(path: Path) -> list[str]:
 def _json(path: Path, columns: list[str]) -> Any:
     import pandas as pd
 
-    return pd.read_json(path, lines=True, dtype=False, convert_dates=False)[columns]
+    return pd.read_json(path, lines=True, dtype=False)[columns]
 
 
 def _parquet_names(path: Path) -> list[str]:

@@ -29,8 +29,8 @@ def from_tfds(
         split: a split expression, "train" or "train[:90%]".
         data_dir: where prepared datasets lie; None is TFDS's own default.
         text: name of the text feature; or
-        image: name of the image feature; where both are None the first Text feature, else the first
-            Image feature.
+        image: name of the image feature; where both are None the Image feature of the name "image"
+            or the only one, else the Text feature of the name "text" or the only one.
         label: name of the label; None is "label", else the only class label.
 
     Raises:
@@ -40,7 +40,8 @@ def from_tfds(
     """
     import tensorflow_datasets as tfds
 
-    features = _features(tfds, name, split, data_dir)
+    builder = _opened(tfds, name, split, data_dir)
+    features = dict(builder.info.features)
     known = list(features)
     for option, value in (("text", text), ("image", image), ("label", label)):
         if value is not None:
@@ -48,20 +49,25 @@ def from_tfds(
     kind, column = _input(tfds.features, features, text, image, name)
     label = label or _label(tfds.features, features, name)
     decoders = {column: tfds.decode.SkipDecoding()} if kind == "image" else None
-    rows = tfds.data_source(name, split=split, data_dir=data_dir, decoders=decoders)
     full = f"{name}:{split}"
-    if len(rows) == 0:
-        raise ValueError(f"{full} is empty: it has 0 rows; widen the split expression")
+    rows = builder.as_data_source(split=split, decoders=decoders)
     texts, labels = _read(rows, column if kind == "text" else None, label)
     raw = checked_texts(texts, full) if kind == "text" else _lazy(rows, column)
     values, classes = as_labels(labels, _classes(features[label]), name=full)
     return Source({kind: raw, "label": values}, classes, full)
 
 
-def _features(tfds: Any, name: str, split: str, data_dir: Any) -> Mapping[str, Any]:
-    """Return the features of a prepared dataset, preparing it where need be."""
+def _opened(tfds: Any, name: str, split: str, data_dir: str | Path | None) -> Any:
+    """Return the builder of a prepared dataset, preparing it where it is not on disk."""
     try:
-        return tfds.data_source(name, split=split, data_dir=data_dir).dataset_info.features
+        builder = tfds.builder(name, data_dir=data_dir)
+        if not builder.is_prepared():  # TFDS's own default is a format that TensorFlow must read
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder.download_and_prepare()
+        splits = builder.info.splits  # none under TFDS's mock_data
+        empty = bool(splits) and splits[split].num_examples == 0
+        if not empty:
+            builder.as_data_source(split=split)
     except Exception as error:  # TFDS has a class of its own for each reason
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
@@ -69,6 +75,12 @@ def _features(tfds: Any, name: str, split: str, data_dir: Any) -> Mapping[str, A
             f"({type(error).__name__}: {reason}); correct name and split, give the data_dir where "
             "it lies prepared in the array_record format, or connect so that it can be fetched"
         ) from error
+    if empty:
+        sizes = {part: info.num_examples for part, info in splits.items()}
+        raise ValueError(
+            f"the split {split!r} of {name} is empty: it has 0 of {sizes} examples; widen it"
+        )
+    return builder
 
 
 def _input(
@@ -81,13 +93,16 @@ def _input(
         )
     if text or image:
         return ("text", text) if text else ("image", str(image))
-    for kind, feature in (("text", kinds.Text), ("image", kinds.Image)):
+    # Images come first: datasets of images often have a Text feature, the name of the file.
+    for kind, feature in (("image", kinds.Image), ("text", kinds.Text)):
         found = [key for key, value in features.items() if isinstance(value, feature)]
+        if kind in found or len(found) == 1:
+            return kind, kind if kind in found else found[0]
         if found:
-            return kind, found[0]
+            break
     raise ValueError(
-        f"{name} has no text and no image feature; it has {_shown(features)}; "
-        "choose another dataset, or name the feature by text= or image="
+        f"which feature of {name} is the input is not clear; it has {_shown(features)}; "
+        "name it by text= or image=, or choose another dataset"
     )
 
 
@@ -118,14 +133,15 @@ def _read(rows: Any, text: str | None, label: str) -> tuple[list[Any], list[Any]
     """Read all labels, and the texts, in one pass; undecoded images cost little (0.4 s for 10k)."""
     texts, labels = [], []
     for example in rows:
-        labels.append(_string(example[label]))
+        labels.append(_plain(example[label]))
         if text is not None:
-            texts.append(_string(example[text]))
+            texts.append(_plain(example[text]))
     return texts, labels
 
 
-def _string(value: Any) -> Any:
-    """Return text as str: data sources give bytes, TFDS's mock data gives str."""
+def _plain(value: Any) -> Any:
+    """Return bytes as text and arrays of no axes as numbers: mock data has str and such arrays."""
+    value = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
     return value.decode("utf-8") if isinstance(value, bytes) else value
 
 

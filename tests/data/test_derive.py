@@ -1,0 +1,93 @@
+"""Derived columns: the values of compute, in the batches of the plain path."""
+
+import logging
+
+import numpy as np
+import pytest
+from test_batches import make_images, make_texts
+
+from jtl.data.batches import batches
+from jtl.data.derive import derive
+
+
+def _compute(batch):
+    ids = (batch["input_ids"] * batch["attention_mask"]).astype(np.float32)
+    hidden = np.stack([ids, 2 * ids], axis=-1)
+    return {"hidden_1": hidden, "pooled": hidden.sum(1)}
+
+
+def test_same_batches_as_the_plain_path_with_the_computed_values():
+    dataset = make_texts()
+    whole = derive(dataset, 7, _compute, names=["hidden_1", "pooled"])
+    assert whole is not None and whole.derived == ("hidden_1", "pooled")
+    for plain, batch in zip(batches(dataset, 8, stop=20), batches(whole, 8, stop=20), strict=True):
+        for name in plain:
+            np.testing.assert_array_equal(batch[name], plain[name])
+        for name, value in _compute(plain).items():
+            np.testing.assert_array_equal(batch[name], value)
+
+
+def test_raw_columns_are_dropped_and_the_mask_stays_where_positions_are():
+    dataset = make_texts()
+    always = {"label", "mask", "index"}
+    whole = derive(dataset, 8, _compute, names=["hidden_1", "pooled"], replace=True)
+    assert whole is not None
+    assert set(next(batches(whole, 8))) == {"hidden_1", "pooled", "attention_mask"} | always
+    hidden, pooled = whole.only("hidden_1"), whole.only("pooled")
+    assert set(next(batches(hidden, 8))) == {"hidden_1", "attention_mask"} | always
+    assert set(next(batches(pooled, 8))) == {"pooled"} | always
+    # the features of both buckets have one shape: one compiled step
+    assert {b["pooled"].shape for b in batches(pooled, 8, stop=30)} == {(8, 2)}
+    with pytest.raises(ValueError, match=r"columns \['tokens'\] are not derived; .*'hidden_1'"):
+        whole.only("tokens")
+
+
+def test_images_are_read_once():
+    dataset = make_images()
+    reads = []
+    counted = dataset.__class__(
+        dataset.parts,
+        dataset.bucket,
+        dataset.labels,
+        dataset.classes,
+        dataset.buckets,
+        lambda rows: reads.extend(rows.tolist()) or dataset.read(rows),
+    )
+    derived = derive(
+        counted,
+        4,
+        lambda b: {"pooled": b["pixel_values"].mean((1, 2))},
+        names=["pooled"],
+        replace=True,
+    )
+    assert sorted(reads) == list(range(11)) and derived is not None and derived.read is None
+    for batch in batches(derived, 4, stop=6):
+        real = batch["mask"]
+        np.testing.assert_allclose(batch["pooled"][real, 0], batch["index"][real], atol=1e-4)
+    assert sorted(reads) == list(range(11))
+
+
+def test_over_the_budget_nothing_is_kept_and_the_log_says_why(caplog):
+    dataset = make_texts()
+    calls = []
+
+    def compute(batch):
+        calls.append(batch)
+        return _compute(batch)
+
+    with caplog.at_level(logging.INFO, logger="jtl.data"):
+        assert derive(dataset, 8, compute, names=["hidden_1"], budget_bytes=1000) is None
+    assert "would take" in caplog.text and "hidden_1" in caplog.text
+    assert len(calls) == 2  # the first batch of each bucket tells the size
+    sizes = np.bincount(dataset.bucket) * np.asarray(dataset.buckets) * 2 * 4
+    exact = int(sizes.sum())
+    assert derive(dataset, 8, _compute, names=["hidden_1"], budget_bytes=exact - 1) is None
+    assert derive(dataset, 8, _compute, names=["hidden_1"], budget_bytes=exact) is not None
+
+
+def test_refused():
+    dataset = make_texts()
+    with pytest.raises(ValueError, match=r"gives no column 'tokens'; it gives \['hidden_1'"):
+        derive(dataset, 8, _compute, names=["tokens"])
+    with pytest.raises(ValueError, match=r"shapes {'pooled': \(1, 2\)}; a batch has 8 rows"):
+        derive(dataset, 8, lambda b: {"pooled": np.zeros((1, 2))}, names=["pooled"])
