@@ -317,7 +317,7 @@ SENTENCES = [
 def test_minilm_knows_what_is_alike(minilm):
     assert minilm.pooling == "mean" and minilm.dim == 384
     assert minilm.labels == stage_labels(6)[:-1]
-    vectors = np.asarray(minilm(minilm.inputs(SENTENCES))["pooled"])
+    vectors = np.array(minilm(minilm.inputs(SENTENCES))["pooled"])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     alike, other = vectors[0] @ vectors[1], vectors[0] @ vectors[2]
     assert alike > 0.6 and other < 0.2
