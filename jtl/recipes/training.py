@@ -14,7 +14,7 @@ from jtl.models.backbone import UNUSED
 from jtl.models.model import Model
 from jtl.recipes.tasks import Task
 from jtl.recipes.terms import Part, Start
-from jtl.recipes.views import make_view
+from jtl.recipes.views import View, make_view
 from jtl.report import console, record
 from jtl.train import checkpoint, evaluate, parallel, plan, run, schedules, step
 
@@ -131,16 +131,28 @@ def make_engine(
     make, apply = _way(settings, model)
     train_set = _with_columns(job.datasets["train"], parts)
     lives = [frozenset({job.head}), *(phase.live for phase in job.plan)]
-    views = {
-        part: make_view(
-            model,
-            dataset,
-            lives,
-            batch_size=min(EVALUATION_ROWS, dataset.size),
-            budget_bytes=settings.columns_mib * 2**20,
-        )
-        for part, dataset in (("train", train_set), ("validation", job.datasets["validation"]))
-    }
+
+    def make_views() -> dict[str, View]:
+        parts = (("train", train_set), ("validation", job.datasets["validation"]))
+        budget = settings.columns_mib * 2**20
+        return {
+            part: make_view(
+                model,
+                dataset,
+                lives,
+                batch_size=min(EVALUATION_ROWS, dataset.size),
+                budget_bytes=budget,
+            )
+            for part, dataset in parts
+        }
+
+    kept = None
+    if folder is not None:
+        kept = checkpoint.open_checkpoints(folder, fingerprint={"config": dict(config or {})})
+    resumes = kept is not None and checkpoint.latest(kept) is not None
+    views = make_views()
+    # Weights that a resumed run brings are not the start's: its columns are computed from them.
+    first = make_views() if resumes else views
     predict = evaluate.make_predict(model.apply, heads=(job.head,))
     truth = job.datasets["validation"].labels
 
@@ -157,8 +169,9 @@ def make_engine(
         return task.score(predict(params, stats, once(dataset))[job.head], truth)
 
     def features(part: str) -> np.ndarray:
-        raw = part not in views
-        dataset = job.datasets[part] if raw else views[part](lives[0], model.params, model.stats)
+        dataset = job.datasets[part]
+        if part in first:
+            dataset = first[part](lives[0], model.params, model.stats)
         pooled = evaluate.make_predict(model.apply, heads=("pooled",))
         return pooled(model.params, model.stats, once(dataset))["pooled"]
 
@@ -169,9 +182,6 @@ def make_engine(
     begin = run.start_state(
         model.params, model.stats, job.plan, txs=txs, labels=labels, refs=refs, key=key
     )
-    kept = None
-    if folder is not None:
-        kept = checkpoint.open_checkpoints(folder, fingerprint={"config": dict(config or {})})
     events = run.run(
         begin,
         job.plan,

@@ -1,8 +1,8 @@
 """Derived columns for a run: what depends on held parameters alone is computed once, then read.
 
-A view of a dataset for a phase starts at the phase's border: its batches hold the activations there
-in place of the raw input. All borders that a plan will need come out of one forward pass; a column is
-dropped as soon as a label below it moves.
+A view of a dataset for a phase starts at the phase's border: its batches hold the activations
+there in place of the raw input. All borders that a plan will need come out of one forward pass; a
+column is dropped as soon as a label below it moves.
 """
 
 import logging

@@ -209,7 +209,7 @@ def progressive(
 ) -> list[Phase]:
     """Return heads, then groups opened from the top while the metric rises, then everything slowly.
 
-    The best weights are restored at the end of every phase. The opening phases are one series: the
+    The lowest group, the stem, moves in the last phase alone. The best weights are restored at the end of every phase. The opening phases are one series: the
     first that does not raise the metric ends it.
 
     Args:
@@ -229,7 +229,7 @@ def progressive(
         warmup: fraction of each phase; None takes the schedule's own.
 
     >>> [phase.name for phase in progressive(["stem", "block_0", "block_1"], ["head"], per_phase=2)]
-    ['head', 'open_block_0', 'open_stem', 'all']
+    ['head', 'open_block_0', 'all']
     """
     make = _maker(schedule, warmup)
     body, top = discriminative(groups, make(rate), decay), _flat(heads, make(head_rate))
@@ -239,7 +239,7 @@ def progressive(
         Phase("head", top, head_epochs, until=early),
         *(
             Phase(name, rates, epochs, until=plateau, series="opening")
-            for name, rates in _opened(groups, body, top, per_phase)
+            for name, rates in _opened(groups[1:], body, top, per_phase)
         ),
         Phase("all", last, final_epochs, until=early),
     ]
