@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jtl.models.backbone import Backbone, Family
+from jtl.models.backbone import UNUSED, Backbone, Family, Rules
 from jtl.models.families import FAMILIES
 from jtl.models.heads import Linear, MaskedLM
 from jtl.models.model import attach
@@ -81,6 +82,9 @@ def load_backbone(
         allow_fresh=(*family.optional, *allow_fresh),
         allow_unexpected=(*family.ignored, *allow_unexpected),
         source=f"the checkpoint {str(name)!r}",
+    )
+    trees["params"], report = _without_unused(
+        trees["params"], report, family.groups(config, pooling)
     )
     trees = _complete(trees, module, family.example(config), key)
     inputs = _load_inputs(family, checkpoint)
@@ -211,6 +215,18 @@ def _skeleton(
     module = family.make(config, pooling, dtype)
     shapes = jax.eval_shape(module.init, jax.random.key(0), family.example(config))
     return module, {"params": shapes["params"], "stats": shapes.get("batch_stats", {})}
+
+
+def _without_unused(
+    params: dict[str, Any], report: LoadReport, groups: Rules
+) -> tuple[dict[str, Any], LoadReport]:
+    """Drop what is neither in the checkpoint nor read by an output, rather than invent it."""
+    unused = [rule for rule, label in groups if label == UNUSED]
+    dropped = {path for path in report.fresh if any(re.fullmatch(rule, path) for rule in unused)}
+    flat = flatten_dict(params, sep="/")
+    kept = {path: leaf for path, leaf in flat.items() if path not in dropped}
+    fresh = tuple(path for path in report.fresh if path not in dropped)
+    return unflatten_dict(kept, sep="/"), report._replace(fresh=fresh)
 
 
 def _complete(

@@ -165,6 +165,21 @@ def test_a_missing_pooler_is_fresh_and_follows_the_key(tmp_path):
     _same(one.params["encoder"], three.params["encoder"])
 
 
+def test_a_missing_pooler_that_nothing_reads_is_left_out(tmp_path):
+    backbone = _saved(tmp_path / "x")
+    whole = load.load_backbone(tmp_path / "x", pooling="mean")
+    _same(whole.params["pooler"], backbone.params["pooler"])
+    _edit(tmp_path / "x", lambda tensors: [tensors.pop(n) for n in list(tensors) if "pooler" in n])
+    bare = load.load_backbone(tmp_path / "x", pooling="mean")
+    assert "pooler" not in bare.params and bare.report.fresh == ()
+    batch = backbone.family.example(backbone.config)
+    np.testing.assert_array_equal(bare(batch)["pooled"], whole(batch)["pooled"])
+    model = attach(bare, {"head": Linear(2)}, key=jax.random.key(0))
+    assert "unused" not in set(jax.tree.leaves(model.labels))
+    export.export(tmp_path / "y", model)
+    _same(load.load_backbone(tmp_path / "y").params, bare.params)
+
+
 def test_a_missing_weight_is_an_error_unless_excused(tmp_path):
     _saved(tmp_path / "x")
     _edit(tmp_path / "x", lambda t: t.pop("bert.encoder.layer.1.output.dense.bias"))
