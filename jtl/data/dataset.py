@@ -85,7 +85,7 @@ def encode(
     source: Source,
     inputs: Any,
     *,
-    buckets: int = 2,
+    buckets: int | tuple[int, ...] = 2,
     multiple: int = 8,
     max_length: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
@@ -97,8 +97,10 @@ def encode(
     Args:
         source: raw examples.
         inputs: the preprocessing of the weights, `backbone.inputs`.
-        buckets: at most so many padded lengths of texts.
-        multiple: the padded lengths are multiples of it.
+        buckets: at most so many padded lengths of texts, those that pad least; or the lengths
+            themselves, say the training set's, so that evaluation compiles no further shapes: one
+            more is added where a text is longer than all.
+        multiple: lengths that are chosen here are multiples of it.
         max_length: texts are cut to so many tokens; None is all that the checkpoint takes.
         memory_bytes: images of more than this in all are not kept in memory.
 
@@ -119,12 +121,20 @@ def encode(
 
 
 def _texts(
-    source: Source, inputs: TextInputs, count: int, multiple: int, max_length: int | None
+    source: Source,
+    inputs: TextInputs,
+    buckets: int | tuple[int, ...],
+    multiple: int,
+    max_length: int | None,
 ) -> Dataset:
     ragged = inputs.tokens(source.columns["text"], max_length=max_length)
     lengths = np.asarray([len(ids) for ids in ragged["input_ids"]])
     limit = max_length or inputs.max_length
-    buckets = choose_buckets(lengths, count, multiple=multiple, limit=limit)
+    if isinstance(buckets, int):
+        buckets = choose_buckets(lengths, buckets, multiple=multiple, limit=limit)
+    else:
+        longest = choose_buckets(lengths, 1, multiple=multiple, limit=limit)
+        buckets = tuple(sorted({*buckets, *(longest if lengths.max() > max(buckets) else ())}))
     bucket = bucket_of(lengths, buckets)
     parts = tuple(
         inputs.padded(ragged, np.flatnonzero(bucket == b), length)

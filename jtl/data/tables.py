@@ -120,7 +120,8 @@ def _json_names(path: Path) -> list[str]:
 def _json(path: Path, columns: list[str]) -> Any:
     import pandas as pd
 
-    return pd.read_json(path, lines=True, dtype=False)[columns]
+    as_written: Any = False  # pandas' stubs do not know it
+    return pd.read_json(path, lines=True, dtype=as_written)[columns]
 
 
 def _parquet_names(path: Path) -> list[str]:

@@ -134,5 +134,6 @@ def _padded(rows: list[list[int]], length: int, fill: int, left: bool) -> np.nda
     places = np.arange(length)[None, :]
     real = places >= length - lengths[:, None] if left else places < lengths[:, None]
     array = np.full((len(rows), length), fill, np.int32)
-    array[real] = np.concatenate([np.asarray(row, np.int32) for row in rows])
+    if rows:
+        array[real] = np.concatenate([np.asarray(row, np.int32) for row in rows])
     return array

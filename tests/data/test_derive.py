@@ -1,5 +1,6 @@
 """Derived columns: the values of compute, in the batches of the plain path."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -43,15 +44,11 @@ def test_raw_columns_are_dropped_and_the_mask_stays_where_positions_are():
 
 
 def test_images_are_read_once():
-    dataset = make_images()
-    reads = []
-    counted = dataset.__class__(
-        dataset.parts,
-        dataset.bucket,
-        dataset.labels,
-        dataset.classes,
-        dataset.buckets,
-        lambda rows: reads.extend(rows.tolist()) or dataset.read(rows),
+    dataset, reads = make_images(), []
+    read = dataset.read
+    assert read is not None
+    counted = dataclasses.replace(
+        dataset, read=lambda rows: reads.extend(rows.tolist()) or read(rows)
     )
     derived = derive(
         counted,

@@ -90,7 +90,8 @@ def test_grey_images_for_colour_models_and_the_reverse():
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     colour = np.repeat(grey[..., None], 3, -1)
     three = image_inputs(8)
-    np.testing.assert_array_equal(*[three([image])["pixel_values"] for image in (grey, colour)])
+    mine, other = (three([image])["pixel_values"] for image in (grey, colour))
+    np.testing.assert_array_equal(mine, other)
     one = image_inputs(8, mean=(0.0,), std=(1.0,))
     pixels = one([grey, grey[..., None], colour])["pixel_values"]
     assert pixels.shape == (3, 8, 8, 1)
