@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from jtl.train.state import Batch, Metrics, Step, TrainState
 
@@ -58,7 +59,7 @@ class CompiledSteps:
     @property
     def seconds(self) -> float:
         """Seconds spent compiling so far."""
-        return sum(one.seconds for one in self.compiled.values())
+        return sum((one.seconds for one in self.compiled.values()), 0.0)
 
     @property
     def flops(self) -> float:
@@ -111,12 +112,14 @@ def enable_cache(folder: str | pathlib.Path | None = None) -> pathlib.Path:
         folder: None takes the folder that jax was told already (`JAX_COMPILATION_CACHE_DIR`), else
             `jtl/xla` in the user's cache folder.
     """
-    named = folder or jax.config.jax_compilation_cache_dir
+    named = folder or getattr(jax.config, "jax_compilation_cache_dir", None)
     place = pathlib.Path(named).expanduser() if named else _user_cache() / "jtl" / "xla"
     place.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # What was compiled before the folder was named has settled that there is none.
+    compilation_cache.reset_cache()
     return place
 
 

@@ -50,10 +50,15 @@ def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Return a copy of the tree on every device of the mesh.
 
-    It shares no buffer with `tree`: a step that takes its state would delete the caller's.
+    It shares no buffer with `tree`: a step that takes its state would delete the caller's. (Under a
+    sharding, `device_put(..., may_alias=False)` shares it all the same.)
     """
     sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(x, sharding, may_alias=False), tree)
+
+    def placed(leaf: Any) -> jax.Array:
+        return jax.device_put(jnp.array(leaf, jnp.result_type(leaf), copy=True), sharding)
+
+    return jax.tree.map(placed, tree)
 
 
 def pmap_step(step: Step, *, axis_name: str, devices: Sequence[Any] | None = None) -> CompiledSteps:

@@ -1,7 +1,7 @@
 """What training carries from step to step, and what a term sees of it."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,14 @@ import optax
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+
+
+Apply = Callable[..., tuple[Any, Any]]
+"""`(params, stats, batch, *, key, live) -> (out, stats)`, any library's forward pass.
+
+`live` is the static frozenset of labels that run in training mode; all others run in evaluation
+mode. Statistics come back as they were where nothing in `live` has any.
+"""
 
 
 class TrainState(NamedTuple):
@@ -58,16 +66,6 @@ Step = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 """`(state, batch, start) -> (state, metrics)`; `start` is the step at which the phase began."""
 
 
-class Apply(Protocol):
-    """A forward pass: labels in `live` run in training mode, all others in evaluation mode."""
-
-    def __call__(
-        self, params: Any, stats: Any, batch: Any, *, key: Any, live: frozenset[str]
-    ) -> tuple[Any, Any]:
-        """Return `(out, stats)`; `stats` as given where nothing in `live` has statistics."""
-        ...
-
-
 def create(
     params: Any,
     stats: Any,
@@ -89,5 +87,8 @@ def create(
         key: the run's key.
     """
     parts = (params, stats, tx.init(params), {} if refs is None else refs, key)
-    params, stats, opt_state, refs, key = jax.tree.map(lambda x: jnp.array(x, copy=True), parts)
+    # With a dtype: a weakly typed leaf would come back typed from the step, and cost a compile.
+    params, stats, opt_state, refs, key = jax.tree.map(
+        lambda x: jnp.array(x, jnp.result_type(x), copy=True), parts
+    )
     return TrainState(jnp.zeros((), jnp.int32), params, stats, opt_state, refs, key)

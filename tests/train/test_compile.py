@@ -1,0 +1,158 @@
+import contextlib
+import math
+
+import jax
+import jax.numpy as jnp
+import network
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jtl.train.compile import compile_step, enable_cache, make_compiled
+from jtl.train.optimizer import phase_optimizer
+from jtl.train.parallel import make_mesh, replicate, shard_batch
+from jtl.train.state import create
+from jtl.train.step import make_step
+
+START = jnp.int32(0)
+
+
+def ready(traces=None):
+    labels = network.labelled(network.parameters())
+    tx = phase_optimizer({"head": optax.adamw(1.0)}, labels, {"head"}, {"head"})
+    step = make_step(
+        network.make_apply(), {"task": network.cross_entropy}, tx, labels, {"head": 1e-2}, clip=1.0
+    )
+
+    def counted(state, batch, start):
+        if traces is not None:
+            traces.append(batch["x"].shape)
+        return step(state, batch, start)
+
+    return create(network.parameters(), {}, tx, key=jax.random.key(0)), counted
+
+
+@contextlib.contextmanager
+def compilations():
+    """Count what XLA compiles, and what the persistent cache gives back."""
+    names = []
+
+    def heard(name, *args, **kwargs):
+        names.append(name)
+
+    jax.monitoring.register_event_listener(heard)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    counts = {}
+    try:
+        yield counts
+    finally:
+        jax.monitoring.unregister_event_listener(heard)
+        jax.monitoring.unregister_event_duration_listener(heard)
+        counts["compiled"] = names.count("/jax/core/compile/backend_compile_duration")
+        counts["hits"] = names.count("/jax/compilation_cache/cache_hits")
+
+
+def test_one_compilation_for_each_shape_of_batch():
+    traces = []
+    state, step = ready(traces)
+    run = make_compiled(step)
+    short, long = network.batch(8), network.batch(16)
+    arrays = jax.tree.map(jnp.asarray, short)
+    state, _ = run(state, short, 0)
+    with compilations() as counts:
+        for seed in range(4):
+            state, _ = run(state, network.batch(8, seed=seed), 0)
+            state, _ = run(state, arrays, 0)
+    assert counts["compiled"] == 0
+    state, _ = run(state, long, 0)
+    with compilations() as counts:
+        state, metrics = run(state, long, 5)
+        state, metrics = run(state, short, START)
+    assert counts["compiled"] == 0
+    assert traces == [(8, network.DIM), (16, network.DIM)]
+    assert len(run.compiled) == 2
+    assert int(state.step) == 12
+    assert math.isfinite(float(metrics["loss"]))
+
+
+def test_what_is_counted():
+    state, step = ready()
+    run = make_compiled(step)
+    assert (run.seconds, run.flops) == (0, 0.0)
+    one = run.compile(state, network.batch(64), START)
+    two = run.compile(state, network.batch(128), START)
+    assert run.compile(state, network.batch(128), START) is two
+    assert run.flops == two.flops > 1.9 * one.flops
+    assert run.seconds == one.seconds + two.seconds > 0
+    assert one.temp_bytes > 0
+
+
+def test_shapes_alone_compile_ahead_what_the_arrays_run():
+    traces = []
+    state, step = ready(traces)
+    run = make_compiled(step)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    run.compile(shapes, network.batch(8), jax.ShapeDtypeStruct((), jnp.int32))
+    for _ in range(2):
+        state, _ = run(state, network.batch(8), 0)
+    assert len(traces) == 1
+
+
+def test_the_state_is_given_to_the_step():
+    state, step = ready()
+    compiled = compile_step(step, state, network.batch(8), START)
+    new, _ = compiled.call(state, network.batch(8), START)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_a_state_over_a_mesh_stays_where_it_is():
+    traces = []
+    state, step = ready(traces)
+    mesh = make_mesh()
+    state, run = replicate(state, mesh), make_compiled(step)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    for seed in range(3):
+        state, _ = run(state, shard_batch(network.batch(16, seed=seed), mesh), 0)
+    assert jax.tree.map(lambda x: x.sharding, state) == where
+    assert len(traces) == 1
+
+
+@pytest.fixture
+def settings():
+    names = [
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    ]
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_second_run_starts_from_the_cache(tmp_path, settings):
+    # Something was compiled before the folder was named, which settles jax that there is no cache.
+    jax.jit(lambda x: x + 1)(1.0)
+    place = enable_cache(tmp_path / "xla")
+    assert place == tmp_path / "xla"
+    state, step = ready()
+    with compilations() as first:
+        compile_step(step, state, network.batch(8), START)
+    assert first == {"compiled": 1, "hits": 0}
+    assert any(place.iterdir())
+    jax.clear_caches()
+    with compilations() as second:
+        compile_step(step, state, network.batch(8), START)
+    assert second["hits"] == 1
+
+
+def test_where_the_cache_is(tmp_path, settings, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert enable_cache() == tmp_path / "jtl" / "xla"
+    assert (tmp_path / "jtl" / "xla").is_dir()
+    told = enable_cache(tmp_path / "told")
+    assert enable_cache() == told
+    assert jax.config.jax_compilation_cache_dir == str(told)
