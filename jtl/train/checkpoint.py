@@ -65,7 +65,12 @@ def open_checkpoints(
 
 
 def save(
-    checkpoints: Checkpoints, step: int, items: Mapping[str, PyTree], record: Mapping[str, Any]
+    checkpoints: Checkpoints,
+    step: int,
+    items: Mapping[str, PyTree],
+    record: Mapping[str, Any],
+    *,
+    wait: bool = False,
 ) -> None:
     """Save trees and a record as one checkpoint; it is written while training goes on.
 
@@ -74,6 +79,7 @@ def save(
         step: names the checkpoint; where a later name exists, the next free one is taken.
         items: name -> tree of arrays, which may be donated as soon as this returns.
         record: plain data for JSON.
+        wait: return only when it is on disk.
     """
     import orbax.checkpoint as ocp
 
@@ -90,6 +96,8 @@ def save(
     args[_RECORD] = ocp.args.JsonSave(entry)
     name = step if last is None else max(step, last + 1)
     checkpoints.manager.save(name, args=ocp.args.Composite(**args), force=True)
+    if wait:
+        checkpoints.manager.wait_until_finished()
 
 
 def latest(checkpoints: Checkpoints) -> dict[str, Any] | None:

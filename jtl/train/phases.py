@@ -209,8 +209,9 @@ def progressive(
 ) -> list[Phase]:
     """Return heads, then groups opened from the top while the metric rises, then everything slowly.
 
-    The lowest group, the stem, moves in the last phase alone. The best weights are restored at the end of every phase. The opening phases are one series: the
-    first that does not raise the metric ends it.
+    The lowest group, the stem, moves in the last phase alone. The best weights are restored at the
+    end of every phase. The opening phases are one series: the first that does not raise the metric
+    ends it.
 
     Args:
         groups: labels from stem to top.

@@ -146,7 +146,7 @@ def curve(
 
 
 def resolve(rate: Rate, steps: int) -> Rate:
-    """Return the rate with a curve turned into an optax schedule over `steps` steps.
+    """Return a float, or a schedule: a curve becomes an optax schedule over `steps` steps.
 
     >>> float(resolve(Curve("warmup_linear", 4.0, warmup=0.2), 10)(1))
     2.0
@@ -155,7 +155,7 @@ def resolve(rate: Rate, steps: int) -> Rate:
         ValueError: the curve names no known schedule, or its warm-up is no fraction below 1.
     """
     if not isinstance(rate, Curve):
-        return rate
+        return rate if callable(rate) else float(rate)
     options = {"warmup": rate.warmup, "end": rate.end}
     options = {name: value for name, value in options.items() if value is not None}
     return _kind(rate.kind)(rate.peak, steps, **options)

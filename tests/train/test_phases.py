@@ -112,8 +112,12 @@ def test_progressive_table():
         "open_block_2": {"block_2": 0.4, "top": 0.8, "head": 1.0},
         "open_block_0": {"block_0": 0.1, "block_1": 0.2, "block_2": 0.4, "top": 0.8, "head": 1.0},
         "all": {
-            **{"stem": 0.005, "block_0": 0.01, "block_1": 0.02},
-            **{"block_2": 0.04, "top": 0.08, "head": 0.08},
+            "stem": 0.005,
+            "block_0": 0.01,
+            "block_1": 0.02,
+            "block_2": 0.04,
+            "top": 0.08,
+            "head": 0.08,
         },
     }
     early, plateau = EarlyStop(1, 0.01), Plateau(1, 0.01)
