@@ -32,6 +32,24 @@ def series(rows: Sequence[Row], kind: str, name: str) -> Series:
     return Series(tuple(step for step, _ in found), tuple(value for _, value in found))
 
 
+def evaluations(rows: Sequence[Row], metric: str) -> Series:
+    """Return a figure of all evaluations, and at the end of each phase that of what it leaves.
+
+    >>> rows = [{"kind": "evaluation", "step": 5, "accuracy": 0.7}]
+    >>> rows.append({"kind": "phase_end", "step": 5, "metric_after": 0.8})
+    >>> evaluations(rows, "accuracy")
+    Series(steps=(5, 5), values=(0.7, 0.8))
+    """
+    names = {"evaluation": metric, "phase_end": "metric_after"}
+    found = [
+        (row["step"], row[names[row["kind"]]])
+        for row in rows
+        if row["kind"] in names and names[row["kind"]] in row
+    ]
+    kept = [now for last, now in zip([None, *found], found, strict=False) if now != last]
+    return Series(tuple(step for step, _ in kept), tuple(value for _, value in kept))
+
+
 def named(rows: Sequence[Row], prefix: str) -> dict[str, Series]:
     """Return the series of every figure `prefix/LABEL` of the steps, with a gap where it is absent.
 

@@ -99,7 +99,7 @@ def _curves(result: Mapping[str, Any], rows: Sequence[curves.Row]) -> list[str]:
     drawn = (
         (
             f"Validation {words}",
-            "dashed: baselines; names above: phases",
+            "names above: phases; a drop or rise at their border: the best weights restored",
             plots.metric(rows, metric, levels),
         ),
         ("Training loss", "thin: each step; thick: smoothed", plots.loss(rows)),
@@ -141,7 +141,8 @@ def _figures(figures: Mapping[str, Mapping[str, float]]) -> tables.Table:
 
 
 def _phases(result: Mapping[str, Any]) -> str:
-    table = tables.phases(result["phases"], result["metric"])
+    order = [row["label"] for row in result.get("groups", ())]
+    table = tables.phases(result["phases"], result["metric"], order=order)
     held = "Every held leaf and statistic kept its bits in every phase."
     held = held if result["held_bit_equal"] else "Held leaves changed."
     words = f"Before and after: validation {result['metric'].replace('_', ' ')}. {held}"

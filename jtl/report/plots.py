@@ -39,7 +39,7 @@ def metric(rows: Sequence[curves.Row], name: str, levels: Mapping[str, float]) -
         name: of the metric.
         levels: validation figures of the baselines, drawn as level lines.
     """
-    line = curves.series(rows, "evaluation", name)
+    line = curves.evaluations(rows, name)
     scale = 100 if name in readable.PERCENT else 1
     with _figure() as (figure, axes):
         _borders(axes, curves.stretches(rows))

@@ -11,7 +11,7 @@ every few seconds.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jtl.report import pace as paces
@@ -45,7 +45,7 @@ def progress(
         now: clock.
     """
     out = make_console() if out is None else out
-    plan = [{**phase, "live": _in_order(phase["live"], order)} for phase in plan]
+    plan = [{**phase, "live": readable.in_order(phase["live"], order)} for phase in plan]
     planned = tuple(
         paces.Planned(p["name"], p["steps"], paces.relative_cost(p["live"], order)) for p in plan
     )
@@ -106,11 +106,6 @@ def progress_line(pace: paces.Pace, row: Row) -> str:
     )
 
 
-def _in_order(live: Iterable[str], order: Sequence[str]) -> list[str]:
-    known = [label for label in order if label in set(live)]
-    return [*known, *sorted(set(live) - set(known))]
-
-
 def _pieces(pace: paces.Pace, row: Row, per_second: str, bound: str) -> list[str]:
     loss = row.get("loss")
     speed = paces.examples_per_second(pace)
@@ -137,6 +132,8 @@ def _ended(row: Row, metric: str) -> str:
     )
     pieces = [f"{metric.replace('_', ' ')} {before.removesuffix(' %')} to {after}"]
     pieces.append(readable.plural(row.get("steps", 0), "step"))
+    if row.get("stopped") == "no rise":
+        pieces.append("stopped as it rose no more")
     if row.get("seconds") is not None:
         compiling = readable.seconds(row.get("compile_seconds"))
         pieces.append(f"{readable.seconds(row['seconds'])} (compiling {compiling})")

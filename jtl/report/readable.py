@@ -1,7 +1,7 @@
 """How numbers read: figures, intervals, durations, counts, bytes, rates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 NOTHING = "-"
 PERCENT = ("accuracy", "calibration_error", "macro_f1")
@@ -119,6 +119,16 @@ def plural(number: float | int, word: str) -> str:
     return f"{number:,g} {word}{'' if number == 1 else 's'}"
 
 
+def in_order(labels: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Return labels as they stand in `order`; others come last, by name and number.
+
+    >>> in_order({"head", "block_10", "block_9"}, ["stem", "block_9", "block_10"])
+    ['block_9', 'block_10', 'head']
+    """
+    place = {label: i for i, label in enumerate(order)}
+    return sorted(labels, key=lambda label: (place.get(label, len(place)), _numbered(label)))
+
+
 def spans(labels: Sequence[str]) -> str:
     """Return labels with runs of the same name and rising numbers written as one.
 
@@ -136,6 +146,11 @@ def spans(labels: Sequence[str]) -> str:
         for run in runs
     ]
     return ", ".join(written)
+
+
+def _numbered(label: str) -> tuple[str, int]:
+    stem, _, number = label.rpartition("_")
+    return (stem, int(number)) if stem and number.isdigit() else (label, -1)
 
 
 def _follows(first: str, second: str) -> bool:

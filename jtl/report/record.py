@@ -15,7 +15,7 @@ number that is not finite is written null.
     step         loss, loss/TERM for each term, rate/LABEL for each live label, grad_norm,
                  examples (real rows of the batch), finite (false: the step changed nothing)
     evaluation   the figures on the validation split, the metric of the run among them
-    phase_start  live (labels), steps (longest length)
+    phase_start  live (labels), steps (longest length); its step is that at which the phase began
     phase_end    what `phases` of result.json says of the phase
     skipped      reason (optional): the phase did not run
 
@@ -31,7 +31,9 @@ save may come twice; `read_rows` takes the last of each (kind, step, phase).
                    on both splits, the 95 % bootstrap interval of the test figure
     phases         list in order, also of those skipped: {name, live: [label], epochs, steps,
                    metric_before, metric_after, seconds, compile_seconds, flops_per_step,
-                   optimizer_bytes, [held_bit_equal], [skipped: true]}
+                   optimizer_bytes, [held_bit_equal], [skipped: true], [stopped], [best_step]};
+                   flops_per_step is null where XLA gave no count; before and after are on the
+                   validation split, after the best weights of the phase were restored
     held_bit_equal true: in every phase every held leaf and statistic kept its bits
     loaded         counts: {loaded, fresh, unexpected, wrong_shape}
     seed           of the run
@@ -164,9 +166,7 @@ def read_rows(folder: str | pathlib.Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"line {number} of {str(path)!r} is no JSON: {line[:60]!r}; remove the line"
             ) from None
-        name = (row["kind"], row["step"], row["phase"])
-        rows.pop(name, None)
-        rows[name] = row
+        rows[row["kind"], row["step"], row["phase"]] = row
     return list(rows.values())
 
 

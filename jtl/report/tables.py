@@ -114,8 +114,13 @@ def openings(rows: Sequence[Mapping[str, Any]], phases: Sequence[str]) -> Table:
     return Table(("group", "leaves", "parameters", "moves from", "rates"), body)
 
 
-def phases(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
+def phases(rows: Sequence[Mapping[str, Any]], metric: str, *, order: Sequence[str] = ()) -> Table:
     """Return what each phase did and what it cost.
+
+    Args:
+        rows: `phases` of result.json.
+        metric: name of the figure before and after.
+        order: labels from stem to heads.
 
     >>> row = {"name": "head", "live": ["head"], "epochs": 1, "steps": 63, "metric_before": 0.5,
     ...     "metric_after": 0.8, "seconds": 2.0, "compile_seconds": 1.0, "flops_per_step": 2e9,
@@ -127,7 +132,7 @@ def phases(rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
         *("phase", "live", "epochs", "steps", "before", "after", "time", "compiling"),
         *("compute a step", "optimizer", "held"),
     )
-    return Table(headers, tuple(_phase(row, metric) for row in rows), left=2)
+    return Table(headers, tuple(_phase(row, metric, order) for row in rows), left=2)
 
 
 def matrix(result: Mapping[str, Any], way: str) -> Table:
@@ -197,8 +202,8 @@ def _opening(rates: Mapping[str, float | None], phases: Sequence[str]) -> tuple[
     return moving[0], " to ".join(ends) or readable.rate(None)
 
 
-def _phase(row: Mapping[str, Any], metric: str) -> tuple[str, ...]:
-    live = readable.spans(row["live"])
+def _phase(row: Mapping[str, Any], metric: str, order: Sequence[str]) -> tuple[str, ...]:
+    live = readable.spans(readable.in_order(row["live"], order))
     if row.get("skipped"):
         before = readable.figure(metric, row["metric_before"])
         return (row["name"], live, "skipped", "", before, "", "", "", "", "", "")
@@ -206,7 +211,7 @@ def _phase(row: Mapping[str, Any], metric: str) -> tuple[str, ...]:
     return (
         row["name"],
         live,
-        f"{row['epochs']:g}",
+        f"{row['epochs']:.3g}",
         readable.count(row["steps"]),
         readable.figure(metric, row["metric_before"]),
         readable.figure(metric, row["metric_after"]),
