@@ -68,7 +68,11 @@ class CompiledSteps:
 
 
 def make_compiled(step: Step) -> CompiledSteps:
-    """Return the step, compiled once for each shape of batch that it meets."""
+    """Return the step, compiled once for each shape of batch that it meets.
+
+    step = make_compiled(make_step(...))
+    state, metrics = step(state, batch, start)
+    """
     return CompiledSteps(step, compile_step)
 
 

@@ -20,6 +20,11 @@ def make_predict(apply: Apply, *, heads: Sequence[str]) -> Predict:
     Rows come in the order of `batch["index"]`, in float32; padding rows (mask False) are left out.
     Each shape of batch is compiled once, however often it is called.
 
+    >>> predict = make_predict(lambda params, stats, batch, **_: (batch, stats), heads=("x",))
+    >>> batch = {"x": np.ones(3), "mask": np.array([1, 1, 0], bool), "index": np.array([1, 0, -1])}
+    >>> predict({}, {}, [batch])["x"].tolist()
+    [1.0, 1.0]
+
     Args:
         apply: the forward pass; it runs with nothing live and no key.
         heads: keys of `out`.
@@ -55,6 +60,11 @@ def make_predict(apply: Apply, *, heads: Sequence[str]) -> Predict:
 
 def make_evaluate(apply: Apply, sums: Callable[[Any, Any], Any]) -> Evaluate:
     """Return `evaluate(params, stats, batches) -> total`, the sums added up over the batches.
+
+    >>> forward = lambda params, stats, batch, **_: (batch, stats)
+    >>> evaluate = make_evaluate(forward, lambda out, batch: {"total": out["x"].sum()})
+    >>> float(evaluate({}, {}, [{"x": np.ones(3)}, {"x": np.ones(2)}])["total"])
+    5.0
 
     Args:
         apply: the forward pass; it runs with nothing live and no key.

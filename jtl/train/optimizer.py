@@ -24,9 +24,9 @@ def phase_optimizer(
     >>> labels = {"body": "body", "head": "head", "stem": "stem"}
     >>> txs = {"body": optax.adam(1.0), "head": optax.adam(1.0)}
     >>> tx = phase_optimizer(txs, labels, {"head"}, {"head", "body"})
-    >>> state = tx.init({name: np.ones(2) for name in labels})
-    >>> {name: len(jax.tree.leaves(part)) for name, part in state.inner_states.items()}
-    {'body': 3, 'head': 3, 'stem': 0}
+    >>> slots = tx.init(dict.fromkeys(labels, 1.0)).inner_states
+    >>> {label: len(optax.tree.get_all_with_path(slots[label], "mu")) for label in labels}
+    {'body': 1, 'head': 1, 'stem': 0}
 
     Args:
         txs: a transform at unit rate (`learning_rate=1.0`) for each label of `ever_live`; the step

@@ -35,6 +35,18 @@ def make_step(
     finite, parameters, statistics and optimizer state stay, the step counts, and
     `metrics["finite"]` is False.
 
+    >>> from jtl.train.state import create
+    >>> def apply(params, stats, batch, *, key, live):
+    ...     return params["w"] * batch["x"], stats
+    >>> def half_square(c):
+    ...     return jnp.sum(c.out**2) / 2, jnp.float32(c.out.size)
+    >>> tx = optax.sgd(1.0)
+    >>> step = make_step(apply, {"fit": half_square}, tx, {"w": "w"}, {"w": 0.5})
+    >>> state = create({"w": 2.0}, {}, tx, key=jax.random.key(0))
+    >>> state, metrics = step(state, {"x": jnp.array([1.0, -1.0])}, 0)
+    >>> float(metrics["loss"]), float(state.params["w"])  # slope 2, so 2 - 0.5 * 2
+    (2.0, 1.0)
+
     Metrics: loss, loss/TERM, grad_norm (before the clip, live leaves only), rate/LABEL, finite, and
     examples (real rows).
 
@@ -129,7 +141,8 @@ def make_step(
             masks.split(updates, chosen)[0],
             live_labels,
         )
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & trees.all_finite((moved, stats))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & trees.all_finite(moved)
+        finite &= _still_finite(stats, state.stats)
         kept = _choose(finite, (moved, stats, opt_state), (moving, state.stats, state.opt_state))
         metrics = {
             "loss": loss,
@@ -248,6 +261,13 @@ def _examples(batch: Batch) -> jax.Array:
     if "mask" in batch:
         return jnp.sum(jnp.asarray(batch["mask"]), dtype=jnp.float32)
     return jnp.float32(jnp.shape(next(iter(batch.values())))[0])
+
+
+def _still_finite(new: Any, old: Any) -> jax.Array:
+    """Return whether nothing became NaN or infinite; a running maximum may start at -inf."""
+    pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    numbers = [(a, b) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.inexact)]
+    return trees.all_finite([jnp.where(jnp.isfinite(b), a, 0) for a, b in numbers])
 
 
 def _choose(finite: jax.Array, new: Any, old: Any) -> Any:

@@ -392,6 +392,21 @@ def test_a_step_that_is_not_finite_keeps_everything(bad, accumulate):
         assert float(new.params["w"]) == pytest.approx(1.9, abs=1e-4)
 
 
+def test_statistics_may_start_at_infinity_and_hold_keys():
+    def apply(params, stats, batch, *, key, live):
+        moved = {**stats, "max": jnp.maximum(stats["max"], jnp.max(batch["x"]))}
+        return {"y": params["w"] * batch["x"]}, moved
+
+    labels = {"w": "w", "b": "b"}
+    step = make_step(apply, {"fit": squares}, optax.sgd(1.0), labels, {"w": 0.1}, accumulate=2)
+    stats = {"max": jnp.float32(-jnp.inf), "never": jnp.float32(-jnp.inf), "key": jax.random.key(3)}
+    params = {"w": jnp.float32(2.0), "b": jnp.float32(5.0)}
+    state = create(params, stats, optax.sgd(1.0), key=jax.random.key(0))
+    new, metrics = jax.jit(step)(state, LINE, START)
+    assert bool(metrics["finite"])
+    assert float(new.stats["max"]) == 9.0
+
+
 # Errors
 
 
