@@ -131,7 +131,12 @@ def _source_of_lengths(lengths):
 def test_a_run_goes_on_where_it_stopped(make):
     dataset = make()
     whole = list(batches(dataset, 4, seed=2, stop=40))
-    assert len(whole) == 40 > 2 * steps_per_epoch(dataset, 4)
+    epoch = steps_per_epoch(dataset, 4)
+    assert len(whole) == 40 > 2 * epoch
+    orders = [list(map(_rows, whole[i : i + epoch])) for i in (0, epoch)]
+    assert orders[0] != orders[1] and all(
+        sorted(sum(order, [])) == list(range(dataset.size)) for order in orders
+    )
     for start in (1, 13, 39):
         rest = list(batches(dataset, 4, seed=2, start=start, stop=40))
         assert len(rest) == 40 - start

@@ -11,7 +11,7 @@ import pytest
 
 from jtl.data.tables import from_table
 
-TEXTS = ['NA, he said "null"', "two\tparts", "ünï", "007", "x"]
+TEXTS = ['NA, he said "null"', "two\tparts", "ünï", "007", "null"]
 LABELS = ["pos", "neg", "pos", "neg", "pos"]
 YEARS = [1, 1, 1, 2, 2]
 
