@@ -122,7 +122,7 @@ def enable_cache(folder: str | pathlib.Path | None = None) -> pathlib.Path:
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # What was compiled before the folder was named has settled that there is none.
+    # A cache that has been used stays in its old folder, whatever the config says.
     compilation_cache.reset_cache()
     return place
 

@@ -133,8 +133,7 @@ def settings():
 
 
 def test_a_second_run_starts_from_the_cache(tmp_path, settings):
-    # Something was compiled before the folder was named, which settles jax that there is no cache.
-    jax.jit(lambda x: x + 1)(1.0)
+    jax.jit(lambda x: x + 1)(1.0)  # what was compiled before must not settle that there is none
     place = enable_cache(tmp_path / "xla")
     assert place == tmp_path / "xla"
     state, step = ready()
@@ -146,6 +145,15 @@ def test_a_second_run_starts_from_the_cache(tmp_path, settings):
     with compilations() as second:
         compile_step(step, state, network.batch(8), START)
     assert second["hits"] == 1
+
+
+def test_another_folder_takes_over(tmp_path, settings):
+    state, step = ready()
+    for name in ("one", "two"):
+        place = enable_cache(tmp_path / name)
+        jax.clear_caches()
+        compile_step(step, state, network.batch(8), START)
+        assert any(place.iterdir())
 
 
 def test_where_the_cache_is(tmp_path, settings, monkeypatch):

@@ -46,7 +46,7 @@ def test_many_small_numbers_add_up_in_float64():
     big = {"x": np.array([[2.0**24]], np.float32), "mask": np.ones(1, bool)}
     small = {"x": np.array([[1.0]], np.float32), "mask": np.ones(1, bool)}
     evaluate = make_evaluate(double, lambda out, batch: jnp.sum(out["a"]))
-    assert evaluate({"w": jnp.float32(1.0)}, STATS, [big, small]) == 2.0**24 + 1
+    assert float(evaluate({"w": jnp.float32(1.0)}, STATS, [big, small])) == 2.0**24 + 1
 
 
 def test_dropout_is_off_and_the_result_repeats():

@@ -4,6 +4,7 @@ import network
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jtl.models.norms import BatchNorm
 from jtl.train.compile import compile_step, make_compiled
@@ -112,6 +113,35 @@ def test_jit_over_a_mesh_is_one_device():
     network.close(one, eight, 1e-5)
     network.close(alone.params, together.params, 1e-5)
     network.close(alone.stats, together.stats, 1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_parameters_split_over_the_mesh_are_one_device(accumulate):
+    params, labels = network.parameters(), network.labelled(network.parameters())
+    tx = phase_optimizer(
+        dict.fromkeys(network.ALL, optax.sgd(1.0, momentum=0.9)), labels, network.ALL, network.ALL
+    )
+    rates, terms = dict.fromkeys(network.ALL, 0.1), {"task": network.cross_entropy}
+    step = make_step(network.make_apply(), terms, tx, labels, rates, clip=1.0)
+    state = create(params, {}, tx, key=jax.random.key(0))
+    rows = [network.batch(32, real=unequal_mask(), seed=seed) for seed in range(2)]
+    alone, one = trained(jax.tree.map(jnp.copy, state), make_compiled(step), rows)
+    mesh = make_mesh()
+
+    def split(leaf):
+        rows = leaf.ndim and leaf.shape[0] % 8 == 0
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("data" if rows else None)))
+
+    state = jax.tree.map(lambda x: split(x) if x.ndim else replicate(x, mesh), state)
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = make_step(
+        network.make_apply(), terms, tx, labels, rates, clip=1.0, accumulate=accumulate
+    )
+    rows = [shard_batch(batch, mesh) for batch in rows]
+    together, eight = trained(state, make_compiled(step), rows)
+    network.close(one, eight, 1e-5)
+    network.close(alone.params["body"], together.params["body"], 1e-5)
+    assert jax.tree.map(lambda x: x.sharding, together) == where
 
 
 def test_pmap_with_microbatches_is_one_device():

@@ -392,6 +392,14 @@ def test_a_step_that_is_not_finite_keeps_everything(bad, accumulate):
         assert float(new.params["w"]) == pytest.approx(1.9, abs=1e-4)
 
 
+def test_a_norm_that_overflows_is_not_finite():
+    # The clip would make it an update of nothing, and Adam would count it as a step.
+    state, step = line_step({"w": 0.1}, {"steep": lambda c: (c.params["w"] * 1e25, 1.0)}, clip=1.0)
+    new, metrics = step(state, LINE, START)
+    assert not bool(metrics["finite"])
+    assert float(new.params["w"]) == 2.0
+
+
 def test_statistics_may_start_at_infinity_and_hold_keys():
     def apply(params, stats, batch, *, key, live):
         moved = {**stats, "max": jnp.maximum(stats["max"], jnp.max(batch["x"]))}
