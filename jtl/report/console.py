@@ -82,7 +82,7 @@ def matrices(result: Mapping[str, Any], *, out: Any = None) -> None:
     """
     out = make_console() if out is None else out
     for way, figures in result["runs"].items():
-        title = f"{way}: {result['metric'].replace('_', ' ')} on the test splits"
+        title = f"{way}: {readable.words(result['metric'])} on the test splits"
         say(out, title, style="bold")
         draw(out, tables.matrix(result, way))
         transfer = readable.difference(result["metric"], figures["backward_transfer"])

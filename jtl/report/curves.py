@@ -83,14 +83,16 @@ def stretches(rows: Sequence[Row]) -> list[Stretch]:
     return [stretch for stretch in found.values() if stretch.last > stretch.first]
 
 
-def smooth(values: Sequence[float | int | None], weight: float | int = 0.9) -> list[float | None]:
+def smooth(
+    values: Sequence[float | int | None], weight: float | int = 0.9
+) -> list[float | int | None]:
     """Return the exponential moving mean without the pull of its start; gaps stay gaps.
 
     >>> [round(value, 3) for value in smooth([1.0, 2.0], 0.5)]  # (0.5 * 1 + 2) / (0.5 + 1)
     [1.0, 1.667]
     """
     total = count = 0.0
-    means: list[float | None] = []
+    means: list[float | int | None] = []
     for value in values:
         if value is None:
             means.append(None)

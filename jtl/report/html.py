@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from jtl.report import curves, plots, readable, record, tables
+from jtl.report.jsonfile import read, replace
 
 _FORBID_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _PHASE_COLUMNS = 8
@@ -24,9 +25,9 @@ def write_report(folder: str | pathlib.Path) -> pathlib.Path:
             f"{str(folder)!r} has no {record.RESULT}; the run has not ended or this is no run "
             "folder; give the folder of a run that ended"
         )
-    result = json.loads((folder / record.RESULT).read_text(encoding="utf-8"))
+    result = read(folder / record.RESULT)
     path = folder / record.REPORT
-    path.write_text(page(result, record.read_rows(folder)), encoding="utf-8")
+    replace(path, page(result, record.read_rows(folder)))
     return path
 
 
@@ -85,7 +86,7 @@ def _head(result: Mapping[str, Any], title: str) -> str:
 
 
 def _scores(result: Mapping[str, Any]) -> str:
-    words = result["metric"].replace("_", " ")
+    words = readable.words(result["metric"])
     return _figure(f"Test {words}", "point and 95 % bootstrap interval", plots.scores(result))
 
 
@@ -95,7 +96,7 @@ def _curves(result: Mapping[str, Any], rows: Sequence[curves.Row]) -> list[str]:
     metric = result["metric"]
     levels = {name: row["validation"] for name, row in result["baselines"].items()}
     order = [row["label"] for row in result.get("groups", ())]
-    words = metric.replace("_", " ")
+    words = readable.words(metric)
     drawn = (
         (
             f"Validation {words}",
@@ -128,11 +129,11 @@ def _pictures(result: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _figures(figures: Mapping[str, Mapping[str, float]]) -> tables.Table:
+def _figures(figures: Mapping[str, Mapping[str, Any]]) -> tables.Table:
     names = dict.fromkeys(name for part in figures.values() for name in part)
     rows = tuple(
         (
-            name.replace("_", " "),
+            readable.words(name),
             *(readable.figure(name, part.get(name)) for part in figures.values()),
         )
         for name in names
@@ -145,7 +146,7 @@ def _phases(result: Mapping[str, Any]) -> str:
     table = tables.phases(result["phases"], result["metric"], order=order)
     held = "Every held leaf and statistic kept its bits in every phase."
     held = held if result["held_bit_equal"] else "Held leaves changed."
-    words = f"Before and after: validation {result['metric'].replace('_', ' ')}. {held}"
+    words = f"Before and after: validation {readable.words(result['metric'])}. {held}"
     return _table(table) + f"\n<p class='soft'>{escape(words)}</p>"
 
 

@@ -90,7 +90,7 @@ def observe(pace: Pace, row: Mapping[str, Any], now: float | int) -> Pace:
     return pace._replace(examples=row.get("examples") or 0, unit_seconds=_unit(pace, now))
 
 
-def examples_per_second(pace: Pace) -> float | None:
+def examples_per_second(pace: Pace) -> float | int | None:
     """Return the examples of the last step over the smoothed seconds of a step.
 
     >>> examples_per_second(Pace((), examples=32, step_seconds=0.25))
@@ -99,7 +99,7 @@ def examples_per_second(pace: Pace) -> float | None:
     return pace.examples / pace.step_seconds if pace.step_seconds else None
 
 
-def phase_seconds_left(pace: Pace) -> float | None:
+def phase_seconds_left(pace: Pace) -> float | int | None:
     """Return the remaining time of the phase at its longest, None before its second step."""
     if pace.first is None or pace.last is None or pace.done <= pace.first[1]:
         return None
@@ -107,7 +107,7 @@ def phase_seconds_left(pace: Pace) -> float | None:
     return max(0, pace.plan[pace.index].steps - pace.done) * mean
 
 
-def plan_seconds_left(pace: Pace) -> float | None:
+def plan_seconds_left(pace: Pace) -> float | int | None:
     """Return the bound for all phases.
 
     >>> plan = (Planned("head", 10), Planned("all", 10, cost=4.0))
@@ -135,7 +135,7 @@ def _entered(pace: Pace, phase: str, origin: int, now: float | int) -> Pace:
     )
 
 
-def _unit(pace: Pace, now: float | int) -> float | None:
+def _unit(pace: Pace, now: float | int) -> float | int | None:
     if pace.first is None or pace.done <= pace.first[1]:
         return pace.unit_seconds
     mean = (now - pace.first[0]) / (pace.done - pace.first[1])

@@ -9,8 +9,10 @@ from typing import Any
 from jtl.report import curves, readable, tables
 
 INK, SOFT, GRID, MAIN, WARM = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#c2410c"
+Numbers = Sequence[float | int]
 _WIDTH, _HEIGHT = 5.6, 3.3
 _CELLS_WITH_NUMBERS, _NAMED_CLASSES = 12, 30
+_FLAT_NAMES, _NAMED_PHASES = 7, 24
 _STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": SOFT,
@@ -31,7 +33,7 @@ _STYLE = {
 }
 
 
-def metric(rows: Sequence[curves.Row], name: str, levels: Mapping[str, float]) -> str:
+def metric(rows: Sequence[curves.Row], name: str, levels: Mapping[str, float | int]) -> str:
     """Return the validation metric by step.
 
     Args:
@@ -88,7 +90,8 @@ def rates(rows: Sequence[curves.Row], order: Sequence[str]) -> str | None:
         label: line._replace(values=tuple(value or None for value in line.values))
         for label, line in lines.items()
     }
-    return _many(rows, positive, "learning rate", log=True) if lines else None
+    some = any(value for line in lines.values() for value in line.values)
+    return _many(rows, positive, "learning rate", log=True) if some else None
 
 
 def scores(result: Mapping[str, Any]) -> str:
@@ -124,19 +127,16 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
                     axes.text(j, i, f"{cell:,}", ha="center", va="center", color=color)
         if size <= _NAMED_CLASSES:
             short = [name if len(name) <= 18 else name[:17] + "…" for name in classes]
-            turned = size > 4 or max(map(len, short)) > 12
-            axes.set_xticks(
-                range(size), short, rotation=45 if turned else 0, ha="right" if turned else "center"
-            )
-            axes.set_yticks(range(size), short)
+            small = {"fontsize": 11 if size <= _CELLS_WITH_NUMBERS else 8}
+            turned = {"rotation": 90} if size > 4 or max(map(len, short)) > 12 else {}
+            axes.set_xticks(range(size), short, **small, **turned)
+            axes.set_yticks(range(size), short, **small)
         axes.set(xlabel="given class", ylabel="true class")
         figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.05)
         return _svg(figure, "confusion matrix of the test split")
 
 
-def reliability(
-    confidence: Sequence[float], correct: Sequence[float], count: Sequence[float]
-) -> str:
+def reliability(confidence: Numbers, correct: Numbers, count: Numbers) -> str:
     """Return accuracy by confidence; arguments are the sums of `calibration_sums`."""
     bins, total = len(count), max(sum(count), 1)
     kept = [b for b in range(bins) if count[b]]
@@ -186,7 +186,7 @@ def _many(
         return _svg(figure, f"{words} by step")
 
 
-def _level(axes: Any, words: str, height: float) -> None:
+def _level(axes: Any, words: str, height: float | int) -> None:
     axes.axhline(height, color=SOFT, linestyle="--", linewidth=1)
     axes.annotate(
         words, (1.0, height), xycoords=("axes fraction", "data"), color=SOFT, fontsize=9.5,
@@ -199,30 +199,35 @@ def _borders(axes: Any, stretches: Sequence[curves.Stretch]) -> None:
     if not stretches:
         return
     first, last = stretches[0].first, stretches[-1].last
+    every = 1 + (len(stretches) - 1) // _NAMED_PHASES
+    look: dict[str, Any] = {"fontsize": 9.5, "ha": "center"}
+    if len(stretches) > _FLAT_NAMES:
+        look |= {"fontsize": 8, "rotation": 90}
+    elif len(stretches) > 1:
+        look |= {"ha": "left", "rotation": 35}
     axes.set_xlim(first, last + 0.015 * (last - first))
     for i, stretch in enumerate(stretches):
         if i % 2:
             axes.axvspan(stretch.first, stretch.last, color="#f3f4f6", linewidth=0, zorder=0)
         if i:
             axes.axvline(stretch.first, color=SOFT, linewidth=0.8, linestyle=":")
-        middle = (stretch.first + stretch.last) / 2
-        turn = {"rotation": 35, "ha": "left"} if len(stretches) > 1 else {"ha": "center"}
-        axes.annotate(
-            _safe(stretch.name), (middle, 1.0), xycoords=("data", "axes fraction"),
-            xytext=(0, 3), textcoords="offset points", va="bottom", color=SOFT, fontsize=9.5,
-            annotation_clip=False, **turn,
-        )  # fmt: skip
+        if i % every == 0:
+            axes.annotate(
+                _safe(stretch.name), ((stretch.first + stretch.last) / 2, 1.0), va="bottom",
+                xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+                color=SOFT, annotation_clip=False, **look,
+            )  # fmt: skip
 
 
-def _floor(lines: Iterable[curves.Series]) -> float | None:
+def _floor(lines: Iterable[curves.Series]) -> float | int | None:
     """Return where a logarithmic axis begins: schedules that fall to 0 would stretch it."""
     tops = [max((value for value in line.values if value), default=0.0) for line in lines]
     return min((top for top in tops if top), default=0.0) / 30 or None
 
 
 def _view(
-    values: Sequence[float | int | None], levels: Mapping[str, float], scale: float | int
-) -> tuple[float, float] | None:
+    values: Sequence[float | int | None], levels: Mapping[str, float | int], scale: float | int
+) -> tuple[float | int, float | int] | None:
     """Return limits that leave out the untrained start and the baselines that read no input."""
     trained = [value for value in values[1:] if value is not None]
     shown = [scale * level for name, level in levels.items() if name not in tables.BLIND]
@@ -234,11 +239,11 @@ def _view(
 
 
 def _unit(name: str) -> str:
-    words = name.replace("_", " ")
+    words = readable.words(name)
     return f"{words}, %" if name in readable.PERCENT else words
 
 
-def _gaps(values: Sequence[float | int | None]) -> list[float]:
+def _gaps(values: Sequence[float | int | None]) -> list[float | int]:
     return [float("nan") if value is None else value for value in values]
 
 
@@ -249,7 +254,9 @@ def _safe(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _figure(*, width: float = _WIDTH, height: float = _HEIGHT) -> Iterator[tuple[Any, Any]]:
+def _figure(
+    *, width: float | int = _WIDTH, height: float | int = _HEIGHT
+) -> Iterator[tuple[Any, Any]]:
     import matplotlib
     from matplotlib.figure import Figure
 

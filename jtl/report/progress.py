@@ -120,7 +120,7 @@ def _pieces(pace: paces.Pace, row: Row, per_second: str, bound: str) -> list[str
 
 
 def _figures(row: Row, metric: str) -> str:
-    shown = [f"validation {metric.replace('_', ' ')} {readable.figure(metric, row.get(metric))}"]
+    shown = [f"validation {readable.words(metric)} {readable.figure(metric, row.get(metric))}"]
     if metric != "loss" and "loss" in row:
         shown.append(f"loss {readable.figure('loss', row['loss'])}")
     return ", ".join(shown)
@@ -130,7 +130,7 @@ def _ended(row: Row, metric: str) -> str:
     before, after = (
         readable.figure(metric, row.get(key)) for key in ("metric_before", "metric_after")
     )
-    pieces = [f"{metric.replace('_', ' ')} {before.removesuffix(' %')} to {after}"]
+    pieces = [f"{readable.words(metric)} {before.removesuffix(' %')} to {after}"]
     pieces.append(readable.plural(row.get("steps", 0), "step"))
     if row.get("stopped") == "no rise":
         pieces.append("stopped as it rose no more")
@@ -182,5 +182,7 @@ def _bar(planned: Sequence[paces.Planned], out: Any) -> Iterator[Any]:
                 bar.update(task, completed=pace.done, total=steps, visible=True, **fields)
             elif row["kind"] == "phase_end":
                 bar.update(task, visible=False)
+            if row["kind"] != "step":
+                bar.refresh()
 
         yield draw

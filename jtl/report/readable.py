@@ -5,6 +5,16 @@ from collections.abc import Iterable, Sequence
 
 NOTHING = "-"
 PERCENT = ("accuracy", "calibration_error", "macro_f1")
+_WORDS = {"macro_f1": "macro F1", "r2": "R2", "rmse": "root mean squared error"}
+
+
+def words(metric: str) -> str:
+    """Return what a figure is called in a text.
+
+    >>> words("macro_f1"), words("calibration_error")
+    ('macro F1', 'calibration error')
+    """
+    return _WORDS.get(metric, metric.replace("_", " "))
 
 
 def figure(metric: str, value: float | int | None) -> str:

@@ -54,14 +54,14 @@ save may come twice; `read_rows` takes the last of each (kind, step, phase).
 """
 
 import json
-import math
-import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
+
+from jtl.report.jsonfile import plain, read, replace, write
 
 CONFIG, METRICS, RESULT, REPORT = "config.json", "metrics.jsonl", "result.json", "report.html"
 CHECKPOINTS, MODEL = "checkpoints", "model"
@@ -125,8 +125,9 @@ def open_run(
         _clear(folder)
     else:
         _check_config(folder, asked)
-        return Run(folder, asked, _read(folder / RESULT) if (folder / RESULT).is_file() else None)
-    _write(folder / CONFIG, asked)
+        _mend(folder / METRICS)
+        return Run(folder, asked, read(folder / RESULT) if (folder / RESULT).is_file() else None)
+    write(folder / CONFIG, asked)
     return Run(folder, asked, None)
 
 
@@ -174,7 +175,7 @@ def cut(run: Run, step: int) -> None:
     """Remove the rows after `step`, from which the run goes on."""
     if (run.folder / METRICS).is_file():
         kept = [row for row in read_rows(run.folder) if row["step"] <= step]
-        _replace(run.folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        replace(run.folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def write_result(run: Run, result: Mapping[str, Any]) -> Run:
@@ -184,8 +185,8 @@ def write_result(run: Run, result: Mapping[str, Any]) -> Run:
         ValueError: a key is absent that the schema above demands; something is no JSON.
     """
     check_result(result)
-    _write(run.folder / RESULT, plain(result))
-    return run._replace(result=_read(run.folder / RESULT))
+    write(run.folder / RESULT, plain(result))
+    return run._replace(result=read(run.folder / RESULT))
 
 
 def check_result(result: Mapping[str, Any]) -> None:
@@ -215,37 +216,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def plain(value: Any) -> Any:
-    """Return a value as what JSON knows: arrays as lists, numbers not finite as None.
-
-    >>> plain({"loss": float("nan"), "live": ("head",), "folder": pathlib.PurePosixPath("a/b")})
-    {'loss': None, 'live': ['head'], 'folder': 'a/b'}
-
-    Raises:
-        ValueError: a value that JSON cannot hold, such as a function.
-    """
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): plain(entry) for name, entry in value.items()}
-    if isinstance(value, frozenset | set):
-        return sorted(plain(entry) for entry in value)
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, Iterable):
-        return [plain(entry) for entry in value]
-    if isinstance(value, os.PathLike):
-        return str(value)
-    raise ValueError(
-        f"{value!r} is a {type(value).__name__}; a record holds text, numbers, bools, lists and "
-        "dicts; give its name instead"
-    )
-
-
 def _check_config(folder: pathlib.Path, asked: Mapping[str, Any]) -> None:
-    there = _flat(_read(folder / CONFIG))
+    there = _flat(read(folder / CONFIG))
     wanted = _flat(asked)
     changed = [
         f"{name}: {there.get(name, 'absent')!r} there, {wanted.get(name, 'absent')!r} asked for"
@@ -270,33 +242,21 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _mend(path: pathlib.Path) -> None:
+    """Cut off a last line that a killed run left unfinished, so that rows can be added."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text and not text.endswith("\n"):
+        replace(path, text[: text.rfind("\n") + 1])
+
+
 def _clear(folder: pathlib.Path) -> None:
-    for name in (RESULT, METRICS, REPORT, CONFIG):
-        (folder / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (RESULT, METRICS, REPORT, CONFIG):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _names(folder: pathlib.Path, limit: int = 4) -> str:
     names: Sequence[str] = sorted(path.name for path in folder.iterdir())
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} is no JSON ({error}); restore it, or give another run folder"
-        ) from None
-
-
-def _write(path: pathlib.Path, value: Any) -> None:
-    _replace(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -29,7 +29,7 @@ def fits(out: Any, table: Table) -> bool:
     """Return whether `draw` has room for the table."""
     columns = zip(table.headers, *table.rows, strict=True)
     widths = [max(len(cell) for cell in column) for column in columns]
-    return sum(widths) + _GAP * len(widths) <= out.width
+    return sum(widths) + _GAP * len(widths) + 1 <= out.width
 
 
 def draw(out: Any, table: Table, *, strong: Sequence[str] = (), dim: Sequence[str] = ()) -> None:

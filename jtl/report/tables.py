@@ -54,7 +54,7 @@ def verdict(result: Mapping[str, Any]) -> Table:
         )
         for name, score in scores.items()
     )
-    words = metric.replace("_", " ")
+    words = readable.words(metric)
     return Table((words, "validation", "test", "95 % interval", "time"), rows)
 
 
@@ -70,7 +70,7 @@ def sentence(result: Mapping[str, Any]) -> str:
         score = result["target"]
         bounds = readable.interval(metric, score["test_interval"])
         figure = readable.figure(metric, score["test"])
-        return f"{figure} {metric.replace('_', ' ')} on the test split (95 % interval {bounds})."
+        return f"{figure} {readable.words(metric)} on the test split (95 % interval {bounds})."
     low, high = gain["interval"]
     name = baseline_name(gain["over"])
     size = readable.difference(metric, abs(gain["value"])).lstrip("+")
@@ -189,11 +189,11 @@ def _size(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return row["label"], readable.count(row["leaves"]), readable.count(row["parameters"])
 
 
-def _rates(rates: Mapping[str, float | None], phases: Sequence[str]) -> list[str]:
+def _rates(rates: Mapping[str, float | int | None], phases: Sequence[str]) -> list[str]:
     return [readable.rate(rates[phase]) if phase in rates else HELD for phase in phases]
 
 
-def _opening(rates: Mapping[str, float | None], phases: Sequence[str]) -> tuple[str, str]:
+def _opening(rates: Mapping[str, float | int | None], phases: Sequence[str]) -> tuple[str, str]:
     moving = [phase for phase in phases if phase in rates]
     if not moving:
         return HELD, ""
