@@ -36,19 +36,17 @@ def test_random_weights_are_called_so():
     assert text(out) == "scratch: random weights, no checkpoint\n"
 
 
-def test_groups_fit_the_console_whatever_its_width():
-    names = [phase["name"] for phase in example.PLAN]
-    rows = example.full_result()["groups"]
-    for width, found in (
-        (100, "open_block_1"),
-        (60, "phases: 1 head, 2 open_b"),
-        (48, "moves from"),
-    ):
-        out = plain(width)
-        console.groups(rows, names, out=out)
-        assert found in text(out)
-        assert "…" not in text(out)
-        assert "1,200" in text(out)
+@pytest.mark.parametrize(
+    ("width", "phases", "found"),
+    [(100, 3, "open_block_1"), (55, 3, "phases: 1 head, 2 open_block_1"), (60, 9, "moves from")],
+)
+def test_groups_fit_the_console_whatever_its_width(width, phases, found):
+    names = [phase["name"] for phase in example.PLAN] + [f"later_{i}" for i in range(phases - 3)]
+    out = plain(width)
+    console.groups(example.full_result()["groups"], names, out=out)
+    assert found in text(out)
+    assert "…" not in text(out)
+    assert "1,200" in text(out)
 
 
 def test_verdict_and_its_sentence():
