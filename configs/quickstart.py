@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
             ),
             optimizer=dict(kind="adamw", weight_decay=0.01),
             penalties=(),
+            max_length=48,
             batch_size=32,
             clip=1.0,
             seed=0,

@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _USAGE = """Run one config of jtl.
@@ -16,6 +16,7 @@ def main(_: list[str]) -> None:
     """Run the config and end with its errors in one line."""
     from jtl import config
 
+    logging.set_verbosity(logging.WARNING)  # Orbax writes a page for every save
     try:
         config.run(flags.FLAGS.config)
     except ValueError as error:
