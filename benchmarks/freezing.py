@@ -4,8 +4,9 @@
     python -m benchmarks.freezing --quick    # MiniLM shapes, for a smoke test
 
 Prints one JSON line for each set of live groups: seconds and FLOPs of the step, both divided by
-those of the forward pass, and beside them PyTorch (transformers, eager, the frozen part in evaluation
-mode under no_grad) where the extra `parity` is installed. Times are the least of interleaved repeats.
+those of the forward pass, and beside them PyTorch (transformers, eager, the frozen part in
+evaluation mode under no_grad) where the extra `parity` is installed. Times are the least of
+interleaved repeats.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """The peer of `benchmarks.text`: the plain PyTorch loop that a user of transformers writes.
 
-Same split, same epochs, batches of the same size padded to their longest text; the held encoder runs
-in evaluation mode under no_grad, AdamW has no decay on biases and norms, linear warm-up and decay.
+Same split, same epochs, batches of the same size padded to their longest text; the held encoder
+runs in evaluation mode under no_grad, AdamW has no decay on biases and norms, linear warm-up and
+decay.
 """
 
 import time
