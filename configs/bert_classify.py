@@ -1,9 +1,10 @@
 """Any BERT of the Hugging Face hub on any text set of TFDS or file, the whole model tuned.
 
-    python -m jtl --config=configs/bert_classify.py --config.backbone.name=google-bert/bert-base-uncased
+    python -m jtl --config=configs/bert_classify.py
+    python -m jtl --config=configs/bert_classify.py --config.backbone.name=bert-large-uncased
 
-Rates and decay follow the BERT paper (Devlin et al. 2019, arXiv:1810.04805, A.3: 2e-5 to 5e-5, 2 to 4
-epochs) with a linear warm-up over a tenth of the steps. Hardware: one GPU of 16 GB, or a TPU core.
+Rates and decay follow the BERT paper (Devlin et al. 2019, arXiv:1810.04805, A.3: 2e-5 to 5e-5, 2 to
+4 epochs) with a linear warm-up over a tenth of the steps. Hardware: one GPU of 16 GB, or a TPU core.
 Expected on imdb_reviews: not measured. `--config.smoke=True` runs it on a CPU in about a minute,
 with MiniLM and film reviews that install with the extra `demo`.
 """

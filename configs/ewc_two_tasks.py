@@ -2,8 +2,8 @@
 
     pip install -e '.[demo]' scikit-learn && python -m jtl --config=configs/ewc_two_tasks.py
 
-Split digits (0-4, then 5-9) on a small ViT from scratch: each task has its own head, the backbone is
-shared. The same tasks run once without and once with the penalty (Kirkpatrick et al. 2017,
+Split digits (0-4, then 5-9) on a small ViT from scratch: each task has its own head, the backbone
+is shared. The same tasks run once without and once with the penalty (Kirkpatrick et al. 2017,
 arXiv:1612.00796); the table shows accuracy on each task after each. Hardware: 2 CPU cores.
 The figures are those that the command prints; spread over seeds: `--config.seed=1`, `2`.
 """

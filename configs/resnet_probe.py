@@ -2,9 +2,9 @@
 
     python -m jtl --config=configs/resnet_probe.py
 
-BatchNorm of the held backbone stays on its stored statistics. Hardware: a laptop; the time is that of
-one forward pass over the data. Expected on eurosat: not measured. `--config.smoke=True` runs it in
-about a minute on 8x8 digits with a small ResNet from scratch.
+BatchNorm of the held backbone stays on its stored statistics. Hardware: a laptop; the time is that
+of one forward pass over the data. Expected on eurosat: not measured. `--config.smoke=True` runs it
+in about a minute on 8x8 digits with a small ResNet from scratch.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,14 @@
 """Any ViT of the Hugging Face hub on an image set of TFDS or a folder of images.
 
     python -m jtl --config=configs/vit_images.py
-    python -m jtl --config=configs/vit_images.py --config.data="{'kind': 'folder', 'path': 'my/images'}"
+    python -m jtl --config=configs/vit_images.py \
+        --config.data="{'kind': 'folder', 'path': 'my/images'}"
 
-Head first, then the whole model with rates that fall with depth (Kumar et al. 2022, arXiv:2202.10054;
-layer-wise decay 0.75 as in Bao et al. 2022, arXiv:2106.08254). Hardware: one GPU of 16 GB. Expected on
-oxford_iiit_pet: not measured. `--config.smoke=True` runs the same path on a CPU in about a minute with
-photographs of groceries (extra `demo-images`) and a small ViT from scratch.
+Head first, then the whole model with rates that fall with depth (Kumar et al. 2022,
+arXiv:2202.10054; layer-wise decay 0.75 as in Bao et al. 2022, arXiv:2106.08254). Hardware: one GPU
+of 16 GB. Expected on oxford_iiit_pet: not measured. `--config.smoke=True` runs the same path on a
+CPU in about a minute with photographs of groceries (extra `demo-images`) and a small ViT from
+scratch.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,6 @@
 """`python -m jtl --config=FILE --config.section.field=value`: flags, config, recipe. No logic."""
 
+import os
 import sys
 
 from absl import app, flags, logging
@@ -17,6 +18,7 @@ def main(_: list[str]) -> None:
     from jtl import config
 
     logging.set_verbosity(logging.WARNING)  # Orbax writes a page for every save
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         config.run(flags.FLAGS.config)
     except ValueError as error:
