@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -43,7 +44,7 @@ def page(result: Mapping[str, Any], rows: Sequence[curves.Row]) -> str:
     """
     record.check_result(result)
     style = pathlib.Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    title = f"Fine-tuning of {result.get('source', 'a model')}"
+    title = f"Fine-tuning of {_last(result.get('source', 'a model'))}"
     parts = [
         _head(result, title),
         _section(
@@ -73,6 +74,7 @@ def page(result: Mapping[str, Any], rows: Sequence[curves.Row]) -> str:
 def _head(result: Mapping[str, Any], title: str) -> str:
     facts = [_fact(name, value) for name, value in result.get("data", {}).items()]
     facts.append(f"seed {result['seed']}")
+    facts += [result["source"]] if "/" in result.get("source", "") else []
     if "seconds" in result:
         facts.append(readable.seconds(result["seconds"]))
     gain = result.get("gain")
@@ -207,11 +209,17 @@ def _cells(kind: str, sides: Sequence[str], cells: Sequence[str]) -> str:
         "class=held" if cell == tables.HELD else side
         for side, cell in zip(sides, cells, strict=True)
     ]
+    bound = [re.sub(r"(?<=\d) (?=%|s\b)", "&nbsp;", escape(cell)) for cell in cells]
     return "".join(
-        f"<{kind} {look}>{escape(cell).replace(' %', '&nbsp;%')}</{kind}>"
-        for look, cell in zip(looks, cells, strict=True)
+        f"<{kind} {look}>{cell}</{kind}>" for look, cell in zip(looks, bound, strict=True)
     )
 
 
 def _fact(name: str, value: Any) -> str:
-    return value if isinstance(value, str) else f"{name.replace('_', ' ')} {readable.count(value)}"
+    if isinstance(value, str):
+        return _last(value) if value.startswith("/") else value
+    return f"{name.replace('_', ' ')} {readable.count(value)}"
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]

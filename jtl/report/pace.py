@@ -6,7 +6,7 @@ unit of `relative_cost`, and each phase has the longest start (compilation) that
 that stop early or are skipped only make it shorter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _HEAD_COST = 0.1
@@ -51,7 +51,7 @@ class Pace(NamedTuple):
     start_seconds: float | int = 0.0
 
 
-def relative_cost(live: Sequence[str] | frozenset[str], order: Sequence[str]) -> float | int:
+def relative_cost(live: Collection[str], order: Sequence[str]) -> float | int:
     """Return the stages that a step runs through: those from the lowest live group upward.
 
     What lies below is held, and its output is computed once. Heads alone cost a tenth.

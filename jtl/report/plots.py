@@ -152,7 +152,7 @@ def reliability(confidence: Numbers, correct: Numbers, count: Numbers) -> str:
             *("o-",), color=MAIN, markersize=4, label="accuracy",
         )  # fmt: skip
         low = kept[0] / bins if kept else 0.0
-        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(low, 1), ylim=(0, 1))
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(low, 1.01), ylim=(0, 1.03))
         figure.legend(loc="outside lower center", ncols=3, handlelength=1.2)
         return _svg(figure, "reliability on the test split")
 
@@ -273,5 +273,6 @@ def _svg(figure: Any, words: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r'\s(width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", text)
     text = re.sub(r"(font: (?:[\w.]+ )*[\d.]+px )[^;\"]*", r"\1system-ui, sans-serif", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)

@@ -162,7 +162,7 @@ def loaded(counts: Mapping[str, int]) -> str:
 def load(
     counts: Mapping[str, int], names: Mapping[str, Sequence[str]], *, limit: int = 12
 ) -> Table:
-    """Return the four lists of a load: how many names, and the first of them.
+    """Return the four lists of a load: how many names, and the first of those not loaded.
 
     >>> counts = {"loaded": 1, "fresh": 1, "unexpected": 0, "wrong_shape": 0}
     >>> load(counts, {"fresh": ["pooler/bias"]}).rows[1]
@@ -170,7 +170,7 @@ def load(
     """
     rows = []
     for name, words in _LISTS.items():
-        found = names.get(name, ())
+        found = () if name == "loaded" else names.get(name, ())
         more = f" and {len(found) - limit} more" if len(found) > limit else ""
         rows.append((words, str(counts[name]), ", ".join(found[:limit]) + more))
     return Table(("weights", "number", "names"), tuple(rows))

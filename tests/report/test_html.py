@@ -110,6 +110,9 @@ def test_the_report_of_a_folder(tmp_path):
 def test_plots_name_the_phases_and_are_sound_xml():
     svg = plots.loss(example.rows())
     ET.fromstring(svg)
+    assert 'role="img" aria-label="training loss by step"' in svg
+    assert "system-ui" in svg
+    assert "DejaVu" not in svg
     for name in ("head", "open_block_1"):
         assert f">{name}<" in svg.replace("\n", "")
     assert "open_stem" not in svg
