@@ -7,7 +7,6 @@ Logging, tables and stopping are plain lines of that loop.
 """
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -205,7 +204,7 @@ def _phase(job: _Job, at: At, phase: Phase) -> Generator[Event, None, At]:
         step = job.make(phase, total)
         at = at if at.progress.entered else _entered(job, at, phase)
         yield _event("phase_start", at, phase, {"live": sorted(phase.live), "steps": total})
-        with contextlib.closing(_stream(at, feed, step, total)) as stream:
+        with contextlib.closing(_stream(at, feed, step)) as stream:
             save = False
             while True:
                 if rules.due(at.progress, total, feed.steps_per_epoch):
@@ -239,11 +238,10 @@ def _event(kind: str, at: At, phase: Phase, metrics: Mapping[str, Any]) -> Event
     return Event(kind, step, phase.name, at.state, dict(metrics), at.progress)
 
 
-def _stream(at: At, feed: Feed, step: Any, total: int) -> Any:
-    """Return the (state, metrics) of the steps that the phase may still take."""
-    start = at.progress.phase_start
-    batches = itertools.islice(feed.batches(at.progress.step), start + total - at.progress.step)
-    return between(_on_host(fit(at.state, batches, step, start=jnp.int32(start))))
+def _stream(at: At, feed: Feed, step: Any) -> Any:
+    """Return (state, metrics) of step after step of a phase, without end."""
+    start = jnp.int32(at.progress.phase_start)
+    return between(_on_host(fit(at.state, feed.batches(at.progress.step), step, start=start)))
 
 
 def _on_host(stream: Iterator[tuple[TrainState, Any]]) -> Iterator[tuple[TrainState, Any]]:

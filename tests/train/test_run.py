@@ -136,6 +136,23 @@ def test_the_start_of_a_phase_is_a_candidate_for_its_best():
     assert final.metrics["best_step"] == 4
 
 
+def test_patience_counts_from_the_last_best():
+    plan = [Phase("all", {"head": 0.1}, epochs=9, until=EarlyStop(patience=2))]
+    last = events(plan, evaluate=toy.script(0.2, 0.1, 0.4, 0.3, 0.35))[-1]
+    assert (last.step, last.metrics["best_step"], last.metrics["metric_after"]) == (16, 8, 0.4)
+
+
+def test_the_best_of_a_phase_owes_nothing_to_earlier_phases():
+    plan = [
+        Phase("a", {"head": 0.1}, epochs=1),
+        Phase("b", {"head": 0.1}, epochs=3, until=EarlyStop()),
+    ]
+    row = events(plan, evaluate=toy.script(0.9, 0.3, 0.5, 0.4))[-1].metrics
+    assert (row["metric_before"], row["metric_after"], row["best_step"]) == (0.3, 0.5, 8)
+    row = events(plan, evaluate=toy.script(0.9, 0.3, 0.2))[-1].metrics
+    assert (row["metric_before"], row["metric_after"], row["best_step"]) == (0.3, 0.3, 4)
+
+
 def series():
     until = Plateau(min_delta=0.05)
     return [
