@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
                 per_phase=2,
                 head_epochs=3,
                 epochs=1,
-                final_epochs=2,
+                final_epochs=1,
             ),
             optimizer=dict(kind="adamw", weight_decay=0.01),
             penalties=(),

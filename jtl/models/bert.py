@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import UNUSED, Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.layers import SelfAttention, activation
+from jtl.models.layers import SelfAttention, activation, flat_dot
 
 POOLINGS = ("pooler", "cls", "mean")
 
@@ -81,7 +81,7 @@ def bert_config(config: Mapping[str, Any]) -> BertConfig:
 
 def _dense(width: int, config: BertConfig, dtype: Any, name: str = "dense") -> nn.Dense:
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(width, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(width, dtype=dtype, kernel_init=init, dot_general=flat_dot, name=name)
 
 
 def _norm(config: BertConfig, dtype: Any) -> nn.LayerNorm:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import UNUSED, Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.layers import SelfAttention, activation
+from jtl.models.layers import SelfAttention, activation, flat_dot
 from jtl.models.pixels import pixels
 
 POOLINGS = ("cls", "mean", "pooler")
@@ -106,7 +106,7 @@ def _pair(value: Any, name: str) -> tuple[int, int]:
 
 def _dense(width: int, config: ViTConfig, dtype: Any, name: str = "dense") -> nn.Dense:
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(width, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(width, dtype=dtype, kernel_init=init, dot_general=flat_dot, name=name)
 
 
 def _norm(config: ViTConfig, dtype: Any, name: str | None = None) -> nn.LayerNorm:
