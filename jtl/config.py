@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 TABLES: dict[str, dict[str, str]] = {
     "recipe": {
         "fine_tune": "jtl.recipes.finetune:fine_tune",
@@ -17,7 +19,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "backbone": {
         "pretrained": "jtl.models.load:load_backbone",
-        "scratch": "jtl.models.load:new_backbone",
+        "scratch": "jtl.recipes.scratch:scratch",
         "run": "jtl.recipes.predict:load_model",
     },
     "data": {
@@ -131,7 +133,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
+def run(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Run the recipe of a config and return its result.
 
     Args:

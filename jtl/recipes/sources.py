@@ -56,7 +56,11 @@ def folder(
     root = hub.locate(path)
     parts = ("train", "validation", "test")
     if all((root / part).is_dir() for part in parts):
-        return {part: data.from_folder(str(root / part)) for part in parts}
+        first = data.from_folder(str(root / "train"))
+        others = {
+            part: data.from_folder(str(root / part), classes=first.classes) for part in parts[1:]
+        }
+        return {"train": first, **others}
     if train is None or validation is None or test is None:
         raise ValueError(
             f"{root} has no subfolders {list(parts)}, so it must be split; "

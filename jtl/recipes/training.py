@@ -1,8 +1,9 @@
 """Train a model on one task: datasets, terms, derived columns and phases put together."""
 
+import contextlib
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jtl.train import checkpoint, evaluate, parallel, plan, run, schedules, step
 
 Datasets = dict[str, jdata.Dataset]
 EVALUATION_ROWS = 64
+PARTS = ("train", "validation", "test")
 AXIS = "device"
 
 
@@ -65,7 +67,7 @@ class Engine(NamedTuple):
         checkpoints: open; None where none are kept.
     """
 
-    events: Iterator[run.Event]
+    events: Generator[run.Event, None, None]
     features: Callable[[str], np.ndarray]
     steps_per_epoch: int
     checkpoints: Any
@@ -83,12 +85,28 @@ class Ended(NamedTuple):
 def make_datasets(
     model: Model, sources: Mapping[str, Any], *, buckets: int = 2, max_length: int | None = None
 ) -> Datasets:
-    """Return the sources as datasets ready for batches, by the inputs of the model's backbone."""
+    """Return the sources as datasets ready for batches, by the inputs of the model's backbone.
+
+    All parts are padded to the lengths chosen for "train", so evaluation compiles no further
+    shapes; a part with a text longer than all of these has one more.
+
+    Raises:
+        ValueError: a part is missing, or its examples cannot be encoded.
+    """
+    missing = [part for part in PARTS if part not in sources]
+    if missing:
+        raise ValueError(
+            f"data has no {missing}; it has {sorted(sources)}; "
+            f"give a source for each of {list(PARTS)}"
+        )
     inputs = model.backbone.inputs
-    return {
-        part: jdata.encode(source, inputs, buckets=buckets, max_length=max_length)
+    train = jdata.encode(sources["train"], inputs, buckets=buckets, max_length=max_length)
+    others = {
+        part: jdata.encode(source, inputs, buckets=train.buckets, max_length=max_length)
         for part, source in sources.items()
+        if part != "train"
     }
+    return {"train": train, **others}
 
 
 def once(dataset: jdata.Dataset, rows: int = EVALUATION_ROWS) -> Iterator[dict[str, Any]]:
@@ -210,18 +228,19 @@ def follow(place: record.Run, job: Job, engine: Engine) -> Ended:
         for p in job.plan
     ]
     there = None if engine.checkpoints is None else checkpoint.latest(engine.checkpoints)
-    if there is not None:
-        record.cut(place, there["step"])
+    record.cut(place, -1 if there is None else there["step"])
     event = None
-    order = job.model.groups
-    with console.progress(planned, metric=job.task.metric, order=order) as show:
+    with contextlib.ExitStack() as stack:
+        if engine.checkpoints is not None:
+            stack.callback(checkpoint.close, engine.checkpoints)
+        stack.enter_context(contextlib.closing(engine.events))  # an error below saves the state
+        options = {"metric": job.task.metric, "order": job.model.groups}
+        show = stack.enter_context(console.progress(planned, **options))
         for event in engine.events:
             row = {**event.metrics, "kind": event.kind, "step": event.step, "phase": event.phase}
             record.append(place, row)
             show(row)
     assert event is not None
-    if engine.checkpoints is not None:
-        checkpoint.close(engine.checkpoints)
     rows = [{"held_bit_equal": True, "skipped": False, **row} for row in event.progress.history]
     return Ended(event.state.params, event.state.stats, rows, sum(row["seconds"] for row in rows))
 

@@ -1,0 +1,78 @@
+"""Every config runs by its own command with `smoke=True`, on small real data, and leaves a run."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jtl import config
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+FILES = {
+    "fine_tune": {"config.json", "metrics.jsonl", "result.json", "report.html", "checkpoints"},
+    "continual": {"config.json", "result.json", "plain", "penalised"},
+}
+
+
+def _get(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _check(folder, recipe):
+    there = {path.name for path in folder.iterdir()}
+    assert FILES[recipe] | {"model"} <= there
+    assert (folder / "model" / "model.safetensors").is_file()
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "resnet_probe"])
+def test_a_config_runs_on_small_data(name, tmp_path):
+    fields = _get(name)
+    fields.smoke, fields.folder = True, str(tmp_path / "run")
+    result = config.run(fields)
+    written = _check(tmp_path / "run", fields.recipe)
+    if fields.recipe == "fine_tune":
+        assert written["held_bit_equal"] is True
+        assert result["target"] == written["target"]
+        assert set(written["baselines"]) == {"majority", "linear_probe"}
+    else:
+        assert set(written["runs"]) == {"plain", "penalised"}
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_a_config(tmp_path):
+    command = [sys.executable, "-m", "jtl", "--config=configs/resnet_probe.py"]
+    flags = ["--config.smoke=True", f"--config.folder={tmp_path / 'run'}"]
+    ended = subprocess.run(
+        [*command, *flags], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "linear probe" in ended.stdout and "report.html" in ended.stdout
+    assert _check(tmp_path / "run", "fine_tune")["seed"] == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sections_name_known_kinds_and_fields(name):
+    fields = config.plain(_get(name))
+    for chosen in (fields, {**fields, **fields["smoke_with"]}):
+        for section in set(chosen) & set(config.TABLES) - {"recipe", "penalties"}:
+            config.bind(section, chosen[section])
+        for penalty in chosen.get("penalties", ()):
+            config.bind("penalties", penalty)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_short_and_says_its_command(name):
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    assert f"python -m jtl --config=configs/{name}.py" in text
+    assert len(text.splitlines()) <= 85
