@@ -125,6 +125,7 @@ def _torch(cell: dict[str, Any], data: dict[str, Any]) -> dict[str, float]:
 def _jtl(cell: dict[str, Any], data: dict[str, Any]) -> dict[str, float]:
     import jax
 
+    from jtl import data as jdata
     from jtl.models.load import load_backbone
     from jtl.models.model import attach
     from jtl.recipes import optimizers, tasks, training, verdict
@@ -151,11 +152,11 @@ def _jtl(cell: dict[str, Any], data: dict[str, Any]) -> dict[str, float]:
     }
     plan = plans[strategy](model.groups, ("head",))
     # Only the progressive plan reads the validation split while it trains; PyTorch's loop has none.
-    few = datasets if strategy in ("progressive", "probe") else {**datasets, "validation": None}
-    if few["validation"] is None:
-        few["validation"] = training.make_datasets(
-            model, {"validation": data["validation"].take(np.arange(8))}
-        )["validation"]
+    few = dict(datasets)
+    if strategy not in ("progressive", "probe"):
+        rows = data["validation"].take(np.arange(8))
+        lengths = datasets["train"].buckets
+        few["validation"] = jdata.encode(rows, model.backbone.inputs, buckets=lengths)
     job = training.Job(model, "head", task, few, plan, cell["seed"])
     engine = training.make_engine(job, training.Settings(optimizers.adamw()))
     labels = {part: dataset.labels for part, dataset in datasets.items()}

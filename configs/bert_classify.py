@@ -4,7 +4,7 @@
     python -m jtl --config=configs/bert_classify.py --config.backbone.name=bert-large-uncased
 
 Rates and decay follow the BERT paper (Devlin et al. 2019, arXiv:1810.04805, A.3: 2e-5 to 5e-5, 2 to
-4 epochs) with a linear warm-up over a tenth of the steps. Hardware: one GPU of 16 GB, or a TPU core.
+4 epochs) with a linear warm-up over a tenth of the steps. Hardware: one GPU of 16 GB or a TPU core.
 Expected on imdb_reviews: not measured. `--config.smoke=True` runs it on a CPU in about a minute,
 with MiniLM and film reviews that install with the extra `demo`.
 """
@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
                 ),
                 plan=dict(kind="full", rate=3e-5, epochs=1, warmup=0.1),
                 max_length=64,
+                buckets=1,
                 batch_size=8,
             ),
         )

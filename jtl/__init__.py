@@ -23,7 +23,7 @@ _PACKAGES = (
     *("recipes", "report", "train", "trees", "weights"),
 )
 
-__all__ = ["__version__", *_HOMES, *_PACKAGES]
+__all__ = ["__version__", *_HOMES, *_PACKAGES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -117,7 +117,7 @@ def digits(
         raise ValueError(
             "data of kind 'digits' needs scikit-learn; pip install scikit-learn"
         ) from error
-    raw = load_digits()
+    raw: Any = load_digits()
     keep = np.isin(raw.target, classes)
     images = np.round(raw.images[keep] * (255 / 16)).astype(np.uint8)
     labels = np.searchsorted(np.asarray(sorted(classes)), raw.target[keep])

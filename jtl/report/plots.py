@@ -260,7 +260,8 @@ def _figure(
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    style: dict[Any, Any] = dict(_STYLE)
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height))
         yield figure, figure.subplots()
 

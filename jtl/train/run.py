@@ -121,7 +121,7 @@ def run(
     save_every: int | None = None,
     make: Callable[..., Any] | None = None,
     locate: Callable[[Any, Any, Any], str | None] | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Run the phases of a plan, and yield what happens.
 
     The metric is evaluated before the first step, after each epoch and at the end of each phase.
@@ -175,7 +175,7 @@ def run(
     return _run(job, resumed(checkpoints, At(state, start), plan, labels))
 
 
-def _run(job: _Job, at: At) -> Iterator[Event]:
+def _run(job: _Job, at: At) -> Generator[Event, None, None]:
     if at.progress.history and not at.progress.entered:
         last = at.progress.history[-1]
         phase = job.plan[at.progress.phase - 1]

@@ -1,4 +1,4 @@
-"""A toy of three parts in plain jnp: body, norm with a running mean, head; and data made of steps."""
+"""A toy in plain jnp: body, norm with a running mean, head; and data made of steps."""
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ _MADE = {}
 
 
 def make(apply, terms, tx, labels, rates, **given):
-    """Return the compiled step of a toy phase, the same one for the same rates: tests are quicker."""
+    """Return the compiled step of a toy phase, the same one for the same rates."""
     build = lambda: make_compiled(make_step(apply, terms, tx, labels, rates, **given))  # noqa: E731
     if any(callable(rate) for rate in rates.values()):
         return build()
