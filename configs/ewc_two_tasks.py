@@ -38,6 +38,9 @@ def get_config() -> ConfigDict:
             seed=0,
             smoke=False,
             smoke_with=dict(
+                backbone=dict(
+                    kind="scratch", family="vit", config=dict(shape, num_hidden_layers=1)
+                ),
                 tasks=(
                     dict(name="digits_0_4", data=dict(low, train=64, validation=32, test=32)),
                     dict(name="digits_5_9", data=dict(high, train=64, validation=32, test=32)),

@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
                     final_epochs=1,
                 ),
                 max_length=16,
+                buckets=1,
                 batch_size=8,
             ),
         )
