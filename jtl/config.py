@@ -20,7 +20,7 @@ TABLES: dict[str, dict[str, str]] = {
     "backbone": {
         "pretrained": "jtl.models.load:load_backbone",
         "scratch": "jtl.recipes.scratch:scratch",
-        "run": "jtl.recipes.predict:load_model",
+        "run": "jtl.recipes.predict:load",
     },
     "data": {
         "table": "jtl.recipes.sources:table",
@@ -73,17 +73,23 @@ def build(section: str, fields: Mapping[str, Any], /, *args: Any, **given: Any) 
     Raises:
         ValueError: no `kind`, an unknown kind, or a field that the function does not take or lacks.
     """
-    return bind(section, fields, *args, **given)()
+    call = bind(section, fields, *args, **given)
+    function = resolve(section, fields["kind"])
+    _check_complete(f"{section} of kind {fields['kind']!r}", function, len(args), fields, given)
+    return call()
 
 
-def bind(
-    section: str, fields: Mapping[str, Any], /, *args: Any, **given: Any
-) -> Callable[..., Any]:
+def bind(section: str, fields: Any, /, *args: Any, **given: Any) -> Callable[..., Any]:
     """Return the call of `build` with its fields checked, still to be made, perhaps with more args.
 
     Raises:
         ValueError: as `build`.
     """
+    if not isinstance(fields, Mapping):
+        raise ValueError(
+            f"section {section} is {fields!r}; write {{'kind': 'NAME', ...}}, with a kind of "
+            f"{sorted(TABLES[section])}"
+        )
     fields = dict(fields)
     if "kind" not in fields:
         raise ValueError(
@@ -118,6 +124,20 @@ def _check_fields(
         )
 
 
+def _check_complete(
+    what: str,
+    function: Callable[..., Any],
+    skip: int,
+    fields: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> None:
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    needed = [p.name for p in parameters if p.default is p.empty]
+    missing = [name for name in needed if name not in {*fields, *given}]
+    if missing:
+        raise ValueError(f"{what} lacks {missing}; it has {sorted(fields)}; give {missing} too")
+
+
 def plain(value: Any) -> Any:
     """Return a config as plain dicts, tuples and scalars, ready for JSON.
 
@@ -144,11 +164,15 @@ def run(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     Raises:
         ValueError: an unknown section, kind or field, or what the recipe itself refuses.
     """
-    config = _smoked(plain(config))
+    whole = plain(config)
+    for section in TABLES.keys() & whole.keys() - {"recipe", "penalties"}:
+        bind(section, whole[section])  # what smoke replaces is checked too
+    config = _smoked(whole)
     name = config.get("recipe", "fine_tune")
     recipe = resolve("recipe", name)
     fields = {field: value for field, value in config.items() if field != "recipe"}
     _check_fields(f"the config of recipe {name!r}", recipe, fields, {"config"})
+    _check_complete(f"the config of recipe {name!r}", recipe, 0, fields, {})
     return recipe(**{field: _built(field, value) for field, value in fields.items()}, config=config)
 
 
@@ -163,9 +187,9 @@ def _built(field: str, value: Any) -> Any:
     return bind(field, value) if field in ("plan", "task") else build(field, value)
 
 
-def _penalty(section: Mapping[str, Any]) -> Callable[..., Any]:
-    fields = dict(section)
-    if "data" in fields:
+def _penalty(section: Any) -> Callable[..., Any]:
+    fields = dict(section) if isinstance(section, Mapping) else section
+    if isinstance(fields, dict) and "data" in fields:
         fields["data"] = build("data", fields["data"])
     return bind("penalties", fields)
 

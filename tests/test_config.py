@@ -30,6 +30,21 @@ def test_unknown_field_lists_the_known_ones_and_the_nearest():
         config.build("optimizer", {"kind": "adamw", "wieght_decay": 0.1})
 
 
+def test_a_lacking_field_and_a_section_that_is_none_are_named():
+    with pytest.raises(ValueError, match=r"data of kind 'tfds' lacks \['name'\]"):
+        config.build("data", {"kind": "tfds"})
+    with pytest.raises(ValueError, match=r"section penalties is 'l2_sp'; write .*'ewc'"):
+        config._penalty("l2_sp")
+    with pytest.raises(ValueError, match=r"recipe 'fine_tune' lacks \['data', 'folder'\]"):
+        config.run({"backbone": {"kind": "pretrained", "name": "x"}})
+
+
+def test_smoke_does_not_hide_a_bad_field_of_the_section_that_it_replaces():
+    sections = {"plan": {"kind": "full", "epoks": 1}, "smoke_with": {"plan": {"kind": "full"}}}
+    with pytest.raises(ValueError, match="'epoks'.*did you mean 'epochs'"):
+        config.run({"smoke": True, **sections})
+
+
 def test_a_section_without_kind_says_so():
     with pytest.raises(ValueError, match="no kind"):
         config.build("optimizer", {"weight_decay": 0.1})
@@ -63,6 +78,7 @@ def test_help_answers_without_loading_jax():
     done = _python("-c", code)
     assert done.returncode == 0, done.stderr
     assert "--config" in done.stdout
+    assert "python -m jtl --config=configs/quickstart.py" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -70,6 +86,8 @@ def test_help_answers_without_loading_jax():
     [
         (["--config=configs/none.py"], "configs/none.py"),
         (["--config=configs/quickstart.py", "--config.paln.rate=1"], "paln"),
+        (["--config=configs/quickstart.py", "--config.plan.rte=1"], "did you mean 'rate'"),
+        (["--config=configs/quickstart.py", "--config.paralel=pmap"], "did you mean 'parallel'"),
         ([], "config"),
     ],
 )

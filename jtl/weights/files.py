@@ -180,6 +180,11 @@ def read_safetensors(
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the header of a safetensors file and the byte at which its data begins."""
+    if not path.is_file():
+        there = (
+            sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        )
+        raise ValueError(f"{str(path)!r} is missing; beside it lie {there[:10]}; {_AGAIN}")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -10,6 +10,7 @@ from flax.serialization import msgpack_serialize
 from safetensors.numpy import save_file
 
 from jtl.weights import read, write
+from jtl.weights.files import read_safetensors
 
 
 def _folder(path, tensors=None, config=None):
@@ -162,3 +163,9 @@ def test_a_config_that_is_no_object_is_an_error(tmp_path, text):
 def test_nothing_to_write_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no tensors"):
         write(tmp_path / "x.safetensors", {})
+
+
+def test_a_missing_file_is_named_with_what_lies_beside_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"head.safetensors' is missing; .*config.json"):
+        read_safetensors(tmp_path / "head.safetensors")
