@@ -10,8 +10,8 @@ from typing import Any
 def between(items: Iterable[Any]) -> Iterator[Any]:
     """Yield the items; a Ctrl-C while one is made waits until the next is asked for, or for close.
 
-    A second Ctrl-C is raised at once. Outside the main thread, which alone gets signals, this does
-    nothing.
+    A second Ctrl-C is raised at once. Outside the main thread, which alone gets signals, and
+    where Ctrl-C is ignored (under nohup), this does nothing.
     """
     pending: list[int] = []
     iterator = iter(items)
@@ -34,7 +34,8 @@ _END = object()
 def _collected(pending: list[int]) -> Iterator[None]:
     """Put a SIGINT on the list instead of raising it; restore the handler at once for a second."""
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    other = threading.current_thread() is not threading.main_thread()
+    if other or before in (None, signal.SIG_IGN):
         yield
         return
 

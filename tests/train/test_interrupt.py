@@ -63,3 +63,12 @@ def test_other_threads_are_left_alone():
     thread.start()
     thread.join()
     assert got == [0, 1, 2]
+
+
+def test_where_it_is_ignored_it_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert list(between(items(1))) == [0, 1, 2, 3]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
