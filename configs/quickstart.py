@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
                 text="text",
                 label="label",
                 where=dict(source="rotten_tomatoes"),
+                classes=("negative", "positive"),
                 train=2000,
                 validation=1000,
                 test=2000,

@@ -5,7 +5,6 @@ run plainly, so that the table shows what a penalty is worth.
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,20 @@ import numpy as np
 from jtl.models.backbone import Backbone
 from jtl.models.export import export
 from jtl.models.model import Model, attach
+from jtl.recipes import identity
 from jtl.recipes import tasks as kinds
 from jtl.recipes.optimizers import adamw
 from jtl.recipes.terms import Part, Start
-from jtl.recipes.training import Job, Settings, follow, make_datasets, make_engine, once
-from jtl.report import console, record
+from jtl.recipes.training import (
+    Job,
+    Settings,
+    check_sources,
+    follow,
+    make_datasets,
+    make_engine,
+    once,
+)
+from jtl.report import console, jsonfile, record
 from jtl.train import phases
 from jtl.train.compile import enable_cache
 from jtl.train.evaluate import make_predict
@@ -74,9 +82,25 @@ def continual(
     if len(set(names)) < max(len(names), 2):
         raise ValueError(f"tasks are named {names}; give at least two, each a name of its own")
     settings = Settings(optimizer or adamw(), batch_size, clip)
-    shown = {"recipe": "continual", "seed": seed, "tasks": names, "batch_size": batch_size}
+    shown = {
+        "recipe": "continual",
+        "backbone": {"source": backbone.source, "weights": identity.weights(backbone.params)},
+        "tasks": {str(entry["name"]): identity.sources(entry["data"]) for entry in tasks},
+        "task": identity.called(task),
+        "plan": identity.called(plan),
+        "penalties": [identity.called(penalty) for penalty in penalties],
+        "optimizer": "given" if optimizer else "adamw",
+        "clip": clip,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     place = record.open_run(folder, config=config or shown, overwrite=overwrite)
+    if place.result is not None:
+        console.matrices(place.result)
+        return place.result
     enable_cache()
+    for entry in tasks:
+        check_sources(entry["data"])
     made = {name: task(entry["data"]["train"]) for name, entry in zip(names, tasks, strict=True)}
     heads = {name: made[name].head for name in names}
     model = attach(backbone, heads, key=jax.random.key(seed))
@@ -88,33 +112,36 @@ def continual(
     runs = {}
     for way, chosen in {"plain": (), "penalised": tuple(penalties)}.items():
         if way == "plain" or chosen:
-            runs[way], model = _sequence(place, way, jobs, settings, chosen)
+            inner = (place.folder / way, place.config, overwrite)
+            runs[way], model = _sequence(inner, jobs, settings, chosen)
     result = {"tasks": names, "metric": jobs[0].task.metric, "runs": runs, "seed": seed}
     result |= {"versions": record.versions(), "seconds": time.perf_counter() - began}
     export(place.folder / record.MODEL, model, labels={n: made[n].classes for n in names})
-    text = json.dumps(record.plain({**result, "config": place.config}), indent=2)
-    (place.folder / record.RESULT).write_text(text + "\n", encoding="utf-8")
+    result = jsonfile.plain({**result, "config": place.config})
+    jsonfile.write(place.folder / record.RESULT, result)
     console.matrices(result)
     return result
 
 
 def _sequence(
-    place: record.Run,
-    way: str,
+    place: tuple[pathlib.Path, Mapping[str, Any], bool],
     jobs: Sequence[Job],
     settings: Settings,
     penalties: Sequence[Callable[..., Part]],
 ) -> tuple[dict[str, Any], Model]:
-    """Train all tasks one way; return its figures and the model after the last."""
+    """Train all tasks one way; return its figures and the model after the last.
+
+    `place` is (folder, config, overwrite).
+    """
+    folder, config, overwrite = place
     model, parts, matrix = jobs[0].model, [], []
     predict = make_predict(model.apply, heads=tuple(job.head for job in jobs))
     for number, start in enumerate(jobs):
         job = start._replace(model=model)
-        inner = record.open_run(place.folder / way / job.head, config=place.config)
+        inner = record.open_run(folder / job.head, config=config, overwrite=overwrite)
         checkpoints = inner.folder / record.CHECKPOINTS
-        engine = make_engine(
-            job, settings, parts=parts, folder=checkpoints, config={"task": number, "way": way}
-        )
+        which = {"task": number, "way": folder.name}
+        engine = make_engine(job, settings, parts=parts, folder=checkpoints, config=which)
         ended = follow(inner, job, engine)
         model = dataclasses.replace(model, params=ended.params, stats=ended.stats)
         key = jax.random.fold_in(jax.random.key(job.seed), 100 + number)

@@ -17,14 +17,16 @@ import numpy as np
 from jtl.models.backbone import Backbone
 from jtl.models.export import export
 from jtl.models.model import Model, add_head, attach
-from jtl.recipes import tasks, verdict
+from jtl.recipes import identity, tasks, verdict
 from jtl.recipes.optimizers import adamw
+from jtl.recipes.predict import Predictor
 from jtl.recipes.tasks import Task
 from jtl.recipes.training import (
     Ended,
     Engine,
     Job,
     Settings,
+    check_sources,
     follow,
     group_rows,
     make_datasets,
@@ -44,7 +46,7 @@ DEFAULT_PLAN = functools.partial(
 
 
 def fine_tune(
-    backbone: Backbone | Model,
+    backbone: Backbone | Model | Predictor,
     data: Mapping[str, Any],
     *,
     folder: str | pathlib.Path,
@@ -68,7 +70,7 @@ def fine_tune(
     """Fine-tune and return the result, which is also in `folder/result.json`.
 
     Args:
-        backbone: pretrained features; or a `Model` (`jtl.load(run).model`), whose heads are kept.
+        backbone: pretrained features; or a trained model (`jtl.load(run)`), whose heads are kept.
         data: {"train", "validation", "test"} of sources; phases and probe are chosen on validation,
             test is scored once, at the end.
         folder: of the run. A run that was interrupted there goes on; one that ended is returned as
@@ -97,32 +99,59 @@ def fine_tune(
     settings = Settings(
         optimizer or adamw(), batch_size, clip, accumulate, parallel, save_every, columns_mib
     )
-    shown = {"recipe": "fine_tune", "seed": seed, **settings._asdict(), "optimizer": "given"}
+    start, classes = _opened(backbone)
+    check_sources(data)
+    shown = {
+        "recipe": "fine_tune",
+        "backbone": _origin(start),
+        "data": identity.sources(data),
+        "head": head,
+        "task": identity.called(task),
+        "plan": identity.called(plan),
+        "penalties": [identity.called(penalty) for penalty in penalties],
+        "buckets": buckets,
+        "max_length": max_length,
+        "seed": seed,
+        **settings._replace(optimizer="given" if optimizer else "adamw")._asdict(),
+    }
     run = record.open_run(folder, config=config or shown, overwrite=overwrite)
     if run.result is not None:
         console.finished(run.folder, run.result)
         return run.result
     enable_cache()
     job_task = task(data["train"])
-    model = _attached(backbone, head, job_task, seed)
+    model = _attached(start, head, job_task, seed)
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     job = Job(model, head, job_task, datasets, list(plan(model.groups, (head,))), seed)
-    kept = tuple(name for name in model.heads if isinstance(backbone, Model))
-    parts = make_parts(job, penalties, kept)
+    parts = make_parts(job, penalties, tuple(start.heads) if isinstance(start, Model) else ())
     place = run.folder / record.CHECKPOINTS
-    engine = make_engine(job, settings, parts=parts, folder=place, config=run.config)
+    engine = make_engine(job, settings, parts=parts, folder=place)
     rows = group_rows(job)
     console.groups(rows, [phase.name for phase in job.plan])
     baselines, probed = _baselines(job, engine)
     ended = follow(run, job, engine)
     tuned = dataclasses.replace(model, params=ended.params, stats=ended.stats)
     result = _result(run, job, baselines, probed, tuned, ended, began) | {"groups": rows}
-    export(run.folder / record.MODEL, tuned, labels={head: job_task.classes})
+    export(run.folder / record.MODEL, tuned, labels={**classes, head: job_task.classes})
     run = record.write_result(run, result)
     html.write_report(run.folder)
     console.finished(run.folder, result)
     return result
+
+
+def _opened(
+    backbone: Backbone | Model | Predictor,
+) -> tuple[Backbone | Model, dict[str, tuple[str, ...]]]:
+    """Return what training starts from, and the class names of the heads that it brings."""
+    if isinstance(backbone, Predictor):
+        return backbone.model, backbone.classes
+    return backbone, {}
+
+
+def _origin(start: Backbone | Model) -> dict[str, str]:
+    source = start.backbone.source if isinstance(start, Model) else start.source
+    return {"source": source, "weights": identity.weights(start.params)}
 
 
 def _attached(backbone: Backbone | Model, head: str, task: Task, seed: int) -> Model:

@@ -57,6 +57,8 @@ class Predictor:
         Raises:
             ValueError: nothing to predict, or a head that the model has not.
         """
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; give the number of inputs at a time, 1 or more")
         raw = [raw] if isinstance(raw, str) else list(raw)
         names = self.classes[self._head(head)]
         logits = self.logits(raw, head=head, batch=batch)
@@ -96,11 +98,6 @@ def load(folder: str | pathlib.Path) -> Predictor:
     """
     place = _model_folder(folder)
     return Predictor(import_model(place), read_labels(place))
-
-
-def load_model(folder: str) -> Model:
-    """Return the trained model of a run folder, to start another run from."""
-    return import_model(_model_folder(folder))
 
 
 def _model_folder(folder: str | pathlib.Path) -> pathlib.Path:

@@ -21,6 +21,7 @@ def table(
     image: str | None = None,
     label: str = "label",
     where: Mapping[str, Any] | None = None,
+    classes: tuple[str, ...] | None = None,
     train: int,
     validation: int,
     test: int,
@@ -34,13 +35,17 @@ def table(
         image: column of the images (encoded bytes or paths).
         label: column of the labels: strings, integers, or numbers for a regression.
         where: {column: value} keeps the rows that have these values.
+        classes: names of the classes, the label being an integer from 0 up or one of the names; ()
+            makes integers numbers, for a regression; None takes the labels themselves.
         train: rows to train on.
         validation: rows that phases and the probe are chosen by.
         test: rows that are scored once, at the end.
         seed: of the split.
     """
     column: dict[str, Any] = {"image": image} if image else {"text": text or "text"}
-    source = data.from_table(str(hub.locate(path)), **column, label=label, where=where)
+    source = data.from_table(
+        str(hub.locate(path)), **column, label=label, where=where, classes=classes
+    )
     return split(source, train=train, validation=validation, test=test, seed=seed)
 
 

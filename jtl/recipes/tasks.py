@@ -103,8 +103,24 @@ def classification(
 def regression(
     source: Any, *, dropout: float = 0.0, pooling: str | None = None, start: str = "normal"
 ) -> Task:
-    """Return the task of predicting a number; its metric is R², 1 - squared error / variance."""
-    del source
+    """Return the task of predicting a number; its metric is R², 1 - squared error / variance.
+
+    Args:
+        source: training data with numbers for labels.
+        dropout: rate before the head's layer.
+        pooling: see `heads.pool`.
+        start: see `heads.Linear`.
+
+    Raises:
+        ValueError: the labels are classes, or all the same.
+    """
+    labels = np.asarray(source.columns["label"])
+    if source.classes or not np.var(labels) > 0:
+        there = f"classes {source.classes}" if source.classes else f"the one label {labels[:1]}"
+        raise ValueError(
+            f"{source.name} has {there}; a regression needs numbers that differ; take the task "
+            "'classification', or give classes=() where integers are numbers"
+        )
 
     def term(name: str) -> Term:
         def loss(c: Context) -> Any:
@@ -155,14 +171,14 @@ def _classification_scores(classes: int) -> Callable[[Any, Any], dict[str, float
         total, weight = class_loss.cross_entropy(logits, labels)
         correct, count = metrics.accuracy_sums(logits, labels)
         table = metrics.confusion(logits, labels, classes)
-        return {
-            "accuracy": float(correct / count),
-            "macro_f1": float(metrics.macro_f1(table)),
-            "calibration_error": float(
-                metrics.calibration_error(metrics.calibration_sums(logits, labels))
-            ),
-            "loss": float(total / weight),
+        error = metrics.calibration_error(metrics.calibration_sums(logits, labels))
+        figures = {
+            "accuracy": correct / count,
+            "macro_f1": metrics.macro_f1(table),
+            "calibration_error": error,
+            "loss": total / weight,
         }
+        return {name: round(float(value), 6) for name, value in figures.items()}
 
     return score
 

@@ -82,6 +82,30 @@ class Ended(NamedTuple):
     seconds: float
 
 
+def check_sources(sources: Mapping[str, Any]) -> None:
+    """Refuse sources that are not all there, are empty, or do not share their classes.
+
+    Raises:
+        ValueError: which part, and what it has.
+    """
+    missing = [part for part in PARTS if part not in sources]
+    if missing:
+        raise ValueError(
+            f"data has no {missing}; it has {sorted(sources)}; "
+            f"give a source for each of {list(PARTS)}"
+        )
+    sizes = {part: source.size for part, source in sources.items()}
+    if not all(sizes.values()):
+        empty = [part for part, size in sizes.items() if not size]
+        raise ValueError(f"the parts {empty} are empty; there are {sizes} rows; give each some")
+    for part, source in sources.items():
+        if source.classes != sources["train"].classes:
+            raise ValueError(
+                f"the part {part!r} has the classes {source.classes} and 'train' has "
+                f"{sources['train'].classes}; give the classes of 'train' to every part (classes=)"
+            )
+
+
 def make_datasets(
     model: Model, sources: Mapping[str, Any], *, buckets: int = 2, max_length: int | None = None
 ) -> Datasets:
@@ -91,14 +115,9 @@ def make_datasets(
     shapes; a part with a text longer than all of these has one more.
 
     Raises:
-        ValueError: a part is missing, or its examples cannot be encoded.
+        ValueError: as `check_sources`, or an example cannot be encoded.
     """
-    missing = [part for part in PARTS if part not in sources]
-    if missing:
-        raise ValueError(
-            f"data has no {missing}; it has {sorted(sources)}; "
-            f"give a source for each of {list(PARTS)}"
-        )
+    check_sources(sources)
     inputs = model.backbone.inputs
     train = jdata.encode(sources["train"], inputs, buckets=buckets, max_length=max_length)
     others = {
@@ -147,6 +166,12 @@ def make_engine(
     model, task = job.model, job.task
     plan.check_plan(job.plan, (*model.groups, *model.heads))
     make, apply = _way(settings, model)
+    if settings.accumulate < 1 or settings.batch_size % settings.accumulate:
+        raise ValueError(
+            f"a batch of {settings.batch_size} rows is taken in accumulate={settings.accumulate} "
+            "microbatches; give a number that divides the batch size"
+        )
+    jdata.plan(job.datasets["train"], settings.batch_size)  # refuses a batch larger than the data
     train_set = _with_columns(job.datasets["train"], parts)
     lives = [frozenset({job.head}), *(phase.live for phase in job.plan)]
 
@@ -186,12 +211,16 @@ def make_engine(
         dataset = views["validation"](live, params, stats)
         return task.score(predict(params, stats, once(dataset))[job.head], truth)
 
+    pooled = evaluate.make_predict(model.apply, heads=("pooled",))
+
     def features(part: str) -> np.ndarray:
         dataset = job.datasets[part]
         if part in first:
             dataset = first[part](lives[0], model.params, model.stats)
-        pooled = evaluate.make_predict(model.apply, heads=("pooled",))
-        return pooled(model.params, model.stats, once(dataset))["pooled"]
+        values = pooled(model.params, model.stats, once(dataset))["pooled"]
+        if part != "train":  # in training the step that meets them says more
+            _check_finite(part, values)
+        return values
 
     labels = model.labels
     txs = dict.fromkeys(plan.ever_live(job.plan), settings.optimizer)
@@ -264,6 +293,15 @@ def group_rows(job: Job) -> list[dict[str, Any]]:
 def _peak(rate: Any) -> float | None:
     peak = schedules.peak(rate)
     return None if math.isnan(peak) else peak
+
+
+def _check_finite(part: str, features: np.ndarray) -> None:
+    rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(rows):
+        raise ValueError(
+            f"the features of {part} are not finite in {len(rows)} of {len(features)} examples, "
+            f"first {rows[:6].tolist()}; clean these examples, or check the backbone's weights"
+        )
 
 
 def _way(settings: Settings, model: Model) -> tuple[Any, Any]:

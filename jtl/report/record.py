@@ -61,6 +61,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
+import jtl
 from jtl.report.jsonfile import plain, read, replace, write
 
 CONFIG, METRICS, RESULT, REPORT = "config.json", "metrics.jsonl", "result.json", "report.html"
@@ -212,7 +213,7 @@ def versions() -> dict[str, str]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            found[package] = jtl.__version__ if package == "jtl" else "not installed"
     return found
 
 
