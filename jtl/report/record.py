@@ -122,8 +122,8 @@ def open_run(
             f"{str(folder)!r} is no run folder: it has {_names(folder)} and no {CONFIG}; "
             "give an empty or a new folder"
         )
-    elif overwrite:
-        _clear(folder)
+    elif overwrite or not any((folder / name).is_file() for name in (METRICS, RESULT)):
+        _clear(folder)  # one that was refused before its first step leaves its config alone
     else:
         _check_config(folder, asked)
         _mend(folder / METRICS)

@@ -28,11 +28,18 @@ def test_the_same_config_opens_the_run_with_its_result(tmp_path):
 
 
 def test_another_config_is_refused_and_told_apart(tmp_path):
-    record.open_run(tmp_path / "run", config={"plan": {"rate": 0.1, "kind": "full"}})
+    run = record.open_run(tmp_path / "run", config={"plan": {"rate": 0.1, "kind": "full"}})
+    record.append(run, row(1))
     with pytest.raises(ValueError, match=r"plan\.rate: 0\.1 there, 0\.2 asked for"):
         record.open_run(tmp_path / "run", config={"plan": {"rate": 0.2, "kind": "full"}})
     with pytest.raises(ValueError, match=r"seed: 'absent' there, 1 asked for"):
         record.open_run(tmp_path / "run", config={"plan": {"rate": 0.1, "kind": "full"}, "seed": 1})
+
+
+def test_a_run_that_never_began_may_change_its_config(tmp_path):
+    record.open_run(tmp_path / "run", config={"seed": 1})
+    record.open_run(tmp_path / "run", config={"seed": 2})
+    assert json.loads((tmp_path / "run" / record.CONFIG).read_text()) == {"seed": 2}
 
 
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
