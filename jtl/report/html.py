@@ -148,7 +148,8 @@ def _phases(result: Mapping[str, Any]) -> str:
     table = tables.phases(result["phases"], result["metric"], order=order)
     held = "Every held leaf and statistic kept its bits in every phase."
     held = held if result["held_bit_equal"] else "Held leaves changed."
-    words = f"Before and after: validation {readable.words(result['metric'])}. {held}"
+    shared = "Optimizer: the state of all groups that ever move, kept through all phases."
+    words = f"Before and after: validation {readable.words(result['metric'])}. {shared} {held}"
     return _table(table) + f"\n<p class='soft'>{escape(words)}</p>"
 
 
