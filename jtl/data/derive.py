@@ -57,7 +57,8 @@ def derive(
         )
         return None
     counts = np.bincount(dataset.bucket, minlength=len(dataset.parts))
-    columns: list[dict[str, np.ndarray]] = [{} for _ in dataset.parts]
+    # A bucket without a row has its columns too, of no rows.
+    columns = [{name: value[:0] for name, value in done[0].items()} for _ in dataset.parts]
     for rows, values in zip(first, done, strict=True):
         bucket = int(dataset.bucket[rows[0]])
         columns[bucket] = {

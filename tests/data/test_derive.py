@@ -5,10 +5,12 @@ import logging
 
 import numpy as np
 import pytest
-from test_batches import make_images, make_texts
+from test_batches import INPUTS, make_images, make_texts
 
 from jtl.data.batches import batches
+from jtl.data.dataset import encode
 from jtl.data.derive import derive
+from jtl.data.sources import from_arrays
 
 
 def _compute(batch):
@@ -88,3 +90,15 @@ def test_refused():
         derive(dataset, 8, _compute, names=["tokens"])
     with pytest.raises(ValueError, match=r"shapes {'pooled': \(1, 2\)}; a batch has 8 rows"):
         derive(dataset, 8, lambda b: {"pooled": np.zeros((1, 2))}, names=["pooled"])
+
+
+def test_a_bucket_without_a_row_has_its_columns():
+    """A validation split takes the training set's lengths; none of its texts may need one."""
+    source = from_arrays({"text": ["3 5", "4"], "label": [0, 1]})
+    dataset = encode(source, INPUTS, buckets=(2, 8, 24))
+    assert [len(part["input_ids"]) for part in dataset.parts] == [1, 1, 0]
+    whole = derive(dataset, 2, _compute, names=["hidden_1", "pooled"])
+    assert whole is not None
+    hidden = whole.only("hidden_1")
+    shapes = [b["hidden_1"].shape for b in batches(hidden, 2, shuffle=False, stop=2)]
+    assert shapes == [(2, 2, 2), (2, 8, 2)]

@@ -1,4 +1,4 @@
-"""A whole run on real sentences: what it leaves, resumes, refuses, and what each path agrees with."""
+"""A whole run on real sentences: what it leaves, how it resumes, what it refuses."""
 
 import dataclasses
 import functools

@@ -1,0 +1,54 @@
+"""The README's Python runs as it is written, in an empty folder, on fewer rows."""
+
+import pathlib
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+
+README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def _run(code, **given):
+    module = types.ModuleType("readme")
+    vars(module).update(given)
+    exec(compile(code, "README.md", "exec"), vars(module))
+    return vars(module)
+
+
+def test_there_are_two_blocks():
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+    small = BLOCKS[0].replace(
+        "train=200, validation=100, test=100", "train=32, validation=16, test=16"
+    )
+    small = small.replace("per_phase=2", "per_phase=8, final_epochs=1").replace(
+        "max_length=64", "max_length=16"
+    )
+    assert small != BLOCKS[0]
+    try:
+        named = _run(small)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    shown = capsys.readouterr().out
+    assert "'test_interval'" in shown and "Prediction(label=" in shown
+    assert named["result"]["held_bit_equal"] is True
+
+
+def test_only_the_masks():
+    named = _run(BLOCKS[1])
+    grads = named["grads"]
+    assert jax.tree.leaves(grads["encoder"]) == []
+    np.testing.assert_array_equal(grads["head"]["kernel"], 2 * np.ones((4, 2)))
+    state = named["tx"].init(named["params"])
+    assert {np.shape(leaf) for leaf in jax.tree.leaves(state)} == {(), (2,), (4, 2)}
