@@ -138,7 +138,8 @@ def optimizer(
 
     Held leaves get a zero update and no state, whatever their gradient and whatever decay the
     other labels have. A clip or a norm belongs inside the transforms, or over the gradients of the
-    live leaves only (`split`): over all leaves it brings back the whole backward pass.
+    live leaves only (`split`): over all leaves it brings back the whole backward pass. Adding the
+    zero update turns a held -0.0 into 0.0: to keep every bit, apply updates to the live leaves.
 
     >>> tx = optimizer({"head": optax.sgd(1.0)}, {"body": "body", "head": "head"})
     >>> grads = {"body": np.ones(1), "head": np.ones(1)}
