@@ -128,6 +128,7 @@ def _jtl(cell: dict[str, Any], data: dict[str, Any]) -> dict[str, float]:
     from jtl import data as jdata
     from jtl.models.load import load_backbone
     from jtl.models.model import attach
+    from jtl.recipes import datasets as datasets_of
     from jtl.recipes import optimizers, tasks, training, verdict
     from jtl.train import phases
     from jtl.train.compile import enable_cache
@@ -138,7 +139,7 @@ def _jtl(cell: dict[str, Any], data: dict[str, Any]) -> dict[str, float]:
     key = jax.random.key(cell["seed"])
     model = attach(load_backbone(WEIGHTS), {"head": task.head}, key=key)
     began = time.perf_counter()
-    datasets = training.make_datasets(model, data)
+    datasets = datasets_of.make_datasets(model, data)
     strategy, epochs = cell["strategy"], cell["epochs"]
     rates = dict(head_rate=HEAD_RATE, epochs=epochs)
     plans = {
@@ -171,7 +172,9 @@ def _jtl(cell: dict[str, Any], data: dict[str, Any]) -> dict[str, float]:
     compiling = sum(row["compile_seconds"] for row in last.progress.history)
     steps = sum(row["epochs"] for row in last.progress.history)
     predict = make_predict(model.apply, heads=("head",))
-    logits = predict(last.state.params, last.state.stats, training.once(datasets["test"]))["head"]
+    logits = predict(last.state.params, last.state.stats, datasets_of.once(datasets["test"]))[
+        "head"
+    ]
     accuracy = task.score(logits, labels["test"])["accuracy"]
     speed = steps * cell["size"] / (seconds - compiling)
     return dict(

@@ -18,17 +18,11 @@ from jtl.models.export import export
 from jtl.models.model import Model, attach
 from jtl.recipes import identity
 from jtl.recipes import tasks as kinds
+from jtl.recipes.datasets import check_sources, make_datasets, once
+from jtl.recipes.follow import follow
 from jtl.recipes.optimizers import adamw
 from jtl.recipes.terms import Part, Start
-from jtl.recipes.training import (
-    Job,
-    Settings,
-    check_sources,
-    follow,
-    make_datasets,
-    make_engine,
-    once,
-)
+from jtl.recipes.training import Job, Settings, make_engine
 from jtl.report import console, jsonfile, record
 from jtl.train import phases
 from jtl.train.compile import enable_cache

@@ -18,22 +18,12 @@ from jtl.models.backbone import Backbone
 from jtl.models.export import export
 from jtl.models.model import Model, add_head, attach
 from jtl.recipes import identity, tasks, verdict
+from jtl.recipes.datasets import check_sources, make_datasets, once
+from jtl.recipes.follow import Ended, follow, group_rows
 from jtl.recipes.optimizers import adamw
 from jtl.recipes.predict import Predictor
 from jtl.recipes.tasks import Task
-from jtl.recipes.training import (
-    Ended,
-    Engine,
-    Job,
-    Settings,
-    check_sources,
-    follow,
-    group_rows,
-    make_datasets,
-    make_engine,
-    make_parts,
-    once,
-)
+from jtl.recipes.training import Engine, Job, Settings, make_engine, make_parts
 from jtl.report import console, html, record
 from jtl.train import phases
 from jtl.train.compile import enable_cache

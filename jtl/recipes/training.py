@@ -1,7 +1,5 @@
-"""Train a model on one task: datasets, terms, derived columns and phases put together."""
+"""Train a model on one task: terms, derived columns and phases put together."""
 
-import contextlib
-import math
 import pathlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,18 +8,13 @@ import jax
 import numpy as np
 
 from jtl import data as jdata
-from jtl import masks
-from jtl.models.backbone import UNUSED
 from jtl.models.model import Model
+from jtl.recipes.datasets import EVALUATION_ROWS, Datasets, once
 from jtl.recipes.tasks import Task
 from jtl.recipes.terms import Part, Start
 from jtl.recipes.views import View, make_view
-from jtl.report import console, record
-from jtl.train import checkpoint, evaluate, parallel, plan, run, schedules, step
+from jtl.train import checkpoint, evaluate, parallel, plan, run, step
 
-Datasets = dict[str, jdata.Dataset]
-EVALUATION_ROWS = 64
-PARTS = ("train", "validation", "test")
 AXIS = "device"
 
 
@@ -71,67 +64,6 @@ class Engine(NamedTuple):
     features: Callable[[str], np.ndarray]
     steps_per_epoch: int
     checkpoints: Any
-
-
-class Ended(NamedTuple):
-    """What a run came to: the last params and stats, a row for each phase, and seconds."""
-
-    params: Any
-    stats: Any
-    phases: list[dict[str, Any]]
-    seconds: float
-
-
-def check_sources(sources: Mapping[str, Any]) -> None:
-    """Refuse sources that are not all there, are empty, or do not share their classes.
-
-    Raises:
-        ValueError: which part, and what it has.
-    """
-    missing = [part for part in PARTS if part not in sources]
-    if missing:
-        raise ValueError(
-            f"data has no {missing}; it has {sorted(sources)}; "
-            f"give a source for each of {list(PARTS)}"
-        )
-    sizes = {part: source.size for part, source in sources.items()}
-    if not all(sizes.values()):
-        empty = [part for part, size in sizes.items() if not size]
-        raise ValueError(f"the parts {empty} are empty; there are {sizes} rows; give each some")
-    for part, source in sources.items():
-        if source.classes != sources["train"].classes:
-            raise ValueError(
-                f"the part {part!r} has the classes {source.classes} and 'train' has "
-                f"{sources['train'].classes}; give the classes of 'train' to every part (classes=)"
-            )
-
-
-def make_datasets(
-    model: Model, sources: Mapping[str, Any], *, buckets: int = 2, max_length: int | None = None
-) -> Datasets:
-    """Return the sources as datasets ready for batches, by the inputs of the model's backbone.
-
-    All parts are padded to the lengths chosen for "train", so evaluation compiles no further
-    shapes; a part with a text longer than all of these has one more.
-
-    Raises:
-        ValueError: as `check_sources`, or an example cannot be encoded.
-    """
-    check_sources(sources)
-    inputs = model.backbone.inputs
-    train = jdata.encode(sources["train"], inputs, buckets=buckets, max_length=max_length)
-    others = {
-        part: jdata.encode(source, inputs, buckets=train.buckets, max_length=max_length)
-        for part, source in sources.items()
-        if part != "train"
-    }
-    return {"train": train, **others}
-
-
-def once(dataset: jdata.Dataset, rows: int = EVALUATION_ROWS) -> Iterator[dict[str, Any]]:
-    """Return one pass over a dataset in order."""
-    size = min(rows, dataset.size)
-    return jdata.batches(dataset, size, shuffle=False, stop=jdata.steps_per_epoch(dataset, size))
 
 
 def make_parts(
@@ -248,51 +180,6 @@ def make_engine(
     )
     steps = jdata.steps_per_epoch(train_set, settings.batch_size)
     return Engine(events, features, steps, kept)
-
-
-def follow(place: record.Run, job: Job, engine: Engine) -> Ended:
-    """Run to the end: every event goes to `metrics.jsonl` and to the console."""
-    planned = [
-        {"name": p.name, "live": sorted(p.live), "steps": plan.length(p, engine.steps_per_epoch)}
-        for p in job.plan
-    ]
-    there = None if engine.checkpoints is None else checkpoint.latest(engine.checkpoints)
-    record.cut(place, -1 if there is None else there["step"])
-    event = None
-    with contextlib.ExitStack() as stack:
-        if engine.checkpoints is not None:
-            stack.callback(checkpoint.close, engine.checkpoints)
-        stack.enter_context(contextlib.closing(engine.events))  # an error below saves the state
-        options = {"metric": job.task.metric, "order": job.model.groups}
-        show = stack.enter_context(console.progress(planned, **options))
-        for event in engine.events:
-            row = {**event.metrics, "kind": event.kind, "step": event.step, "phase": event.phase}
-            record.append(place, row)
-            show(row)
-    assert event is not None
-    rows = [{"held_bit_equal": True, "skipped": False, **row} for row in event.progress.history]
-    return Ended(event.state.params, event.state.stats, rows, sum(row["seconds"] for row in rows))
-
-
-def group_rows(job: Job) -> list[dict[str, Any]]:
-    """Return label, leaves, parameters and peak rate in each phase, from stem to heads."""
-    counts = masks.count(job.model.params, job.model.labels)
-    order = [*job.model.groups, UNUSED, *job.model.heads]
-    return [
-        {
-            "label": label,
-            "leaves": counts[label].leaves,
-            "parameters": counts[label].parameters,
-            "rates": {p.name: _peak(p.rates[label]) for p in job.plan if label in p.rates},
-        }
-        for label in order
-        if label in counts
-    ]
-
-
-def _peak(rate: Any) -> float | None:
-    peak = schedules.peak(rate)
-    return None if math.isnan(peak) else peak
 
 
 def _check_finite(part: str, features: np.ndarray) -> None:

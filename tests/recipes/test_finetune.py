@@ -14,6 +14,7 @@ import tiny
 import jtl
 from jtl.models.model import attach
 from jtl.recipes import finetune, tasks, terms, training
+from jtl.recipes.datasets import make_datasets
 from jtl.report import record
 from jtl.train.failure import NonFiniteError
 from jtl.train.plan import Phase
@@ -327,11 +328,11 @@ def _engine_losses(backbone, data, parallel):
     """Return losses and last params of one epoch in which all moves, by SGD and without dropout."""
     task = tasks.classification(data["train"], dropout=0.0)
     model = attach(backbone, {"head": task.head}, key=jax.random.key(3))
-    datasets = training.make_datasets(model, data, buckets=1)
+    encoded = make_datasets(model, data, buckets=1)
     plan = tiny.everything(model.groups, ("head",))
     settings = training.Settings(optax.sgd(1.0), batch_size=16, parallel=parallel)
     engine = training.make_engine(
-        training.Job(model, "head", task, datasets, plan, seed=0), settings
+        training.Job(model, "head", task, encoded, plan, seed=0), settings
     )
     events = list(engine.events)
     losses = [event.metrics["loss"] for event in events if event.kind == "step"]
