@@ -123,8 +123,8 @@ def flat_dot(
 ) -> jax.Array:
     """Return the product of `nn.Dense`, (..., in) by (in, out), over one axis of rows.
 
-    For `nn.Dense(dot_general=flat_dot)`: the gradient of the kernel with several axes of rows runs
-    at 108 GFLOP/s on two CPU cores, over one axis at 170.
+    For `nn.Dense(dot_general=flat_dot)`: XLA on a CPU computes the gradient of the kernel faster
+    over one axis of rows than over several.
 
     >>> flat_dot(jnp.ones((2, 3, 4)), jnp.ones((4, 5)), (((2,), (0,)), ((), ()))).shape
     (2, 3, 5)
