@@ -141,7 +141,7 @@ def make_step(
             masks.split(updates, chosen)[0],
             live_labels,
         )
-        # Not the new leaves: to look at them before they are chosen takes one more pass over memory.
+        # Not the new leaves: to look at them before they are chosen is one more pass over them.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm) & trees.all_finite(now)
         finite &= _still_finite(stats, state.stats)
         kept = _choose(finite, (moved, stats, opt_state), (moving, state.stats, state.opt_state))
