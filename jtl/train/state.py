@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
+
+from jtl.train import average
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -29,6 +32,10 @@ class TrainState(NamedTuple):
         opt_state: one structure for all phases of a run.
         refs: arrays that terms read and nobody trains, by name.
         key: the run's key; a step uses `fold_in(key, step)`.
+        finite: whether every step so far was. Once one is not, no step changes anything, the count
+            of steps included: a loop may read metrics late and loses nothing.
+        ema: {"params", "stats"}: moving averages of the leaves that move in some phase, None in
+            place of the others, and of the statistics; {} where none are kept.
     """
 
     step: jax.Array
@@ -37,6 +44,8 @@ class TrainState(NamedTuple):
     opt_state: Any
     refs: Any
     key: jax.Array
+    finite: jax.Array
+    ema: Any
 
 
 class Context(NamedTuple):
@@ -72,6 +81,7 @@ def create(
     tx: optax.GradientTransformation,
     *,
     refs: Any = None,
+    averaged: PyTree[bool] | None = None,
     key: jax.Array,
 ) -> TrainState:
     """Return the state before the first step.
@@ -84,11 +94,14 @@ def create(
         stats: running statistics, {} for none.
         tx: the transform of any phase of the run; all have the same state.
         refs: arrays that terms read, by name; None for none.
+        averaged: mask of the parameters of which a moving average is kept; None keeps none.
         key: the run's key.
     """
-    parts = (params, stats, tx.init(params), {} if refs is None else refs, key)
+    ema = {} if averaged is None else average.begin(params, stats, averaged)
+    parts = (params, stats, tx.init(params), {} if refs is None else refs, key, ema)
     # With a dtype: a weakly typed leaf would come back typed from the step, and cost a compile.
-    params, stats, opt_state, refs, key = jax.tree.map(
+    params, stats, opt_state, refs, key, ema = jax.tree.map(
         lambda x: jnp.array(x, jnp.result_type(x), copy=True), parts
     )
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, opt_state, refs, key)
+    step, finite = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    return TrainState(step, params, stats, opt_state, refs, key, finite, ema)

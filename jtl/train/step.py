@@ -9,6 +9,7 @@ import optax
 from jaxtyping import PyTree
 
 from jtl import masks, trees
+from jtl.train import average
 from jtl.train.state import Apply, Batch, Context, Metrics, Step, Term, TrainState
 
 Rate = float | Callable[[Any], Any]
@@ -24,6 +25,7 @@ def make_step(
     *,
     clip: float | None = None,
     accumulate: int = 1,
+    ema: float | None = None,
     axis_name: str | None = None,
 ) -> Step:
     """Return `step(state, batch, start) -> (state, metrics)` of one phase.
@@ -32,8 +34,9 @@ def make_step(
 
     with the sums S and the weights W added up over microbatches and devices before the division, so
     that padding and unequal counts weigh right. Where the loss, a gradient, a rate or a
-    statistic is not finite, parameters, statistics and optimizer state stay, the step counts, and
-    `metrics["finite"]` is False.
+    statistic is not finite, `metrics["finite"]` and `state.finite` are False, and nothing else in
+    the state changes, in this step and in those after it: the batch of step `state.step` is the one
+    that failed. `state._replace(finite=jnp.bool_(True))` goes on.
 
     >>> from jtl.train.state import create
     >>> def apply(params, stats, batch, *, key, live):
@@ -62,13 +65,14 @@ def make_step(
         clip: greatest norm of the gradient over all live leaves; None for no clip.
         accumulate: number of microbatches that the batch is taken in. Microbatch m has the rows m,
             m + accumulate, ..., so that a sharded batch stays where it is.
+        ema: decay of the moving average in `state.ema` (`train.average`); None leaves it alone.
         axis_name: axis of a `pmap` or `shard_map` around the step; None for one program.
 
     Raises:
         ValueError: no terms, no rates, a rate for a label that no leaf bears, a bad `clip` or
-            `accumulate`; when traced: rows that do not divide, statistics of another structure.
+            `accumulate` or `ema`; when traced: rows that do not divide, statistics of another structure.
     """
-    _check(terms, labels, rates, clip, accumulate)
+    _check(terms, labels, rates, clip, accumulate, ema)
     live = frozenset(rates)
     chosen = masks.mask(labels, live)
     live_labels, _ = masks.split(labels, chosen)
@@ -141,10 +145,12 @@ def make_step(
             masks.split(updates, chosen)[0],
             live_labels,
         )
+        mean = _averaged(state, moved, moving, stats, ema, state.step - start)
         # Not the new leaves: to look at them before they are chosen is one more pass over them.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & trees.all_finite(now)
+        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm) & trees.all_finite(now)
         finite &= _still_finite(stats, state.stats)
-        kept = _choose(finite, (moved, stats, opt_state), (moving, state.stats, state.opt_state))
+        old = (moving, state.stats, state.opt_state, state.ema)
+        kept = _choose(finite, (moved, stats, opt_state, mean), old)
         metrics = {
             "loss": loss,
             **{f"loss/{name}": value for name, value in values.items()},
@@ -154,10 +160,12 @@ def make_step(
             "examples": total(_examples(batch)),
         }
         state = state._replace(
-            step=state.step + 1,
+            step=state.step + finite.astype(state.step.dtype),
             params=masks.merge(kept[0], held),
             stats=kept[1],
             opt_state=kept[2],
+            finite=finite,
+            ema=kept[3],
         )
         return state, metrics
 
@@ -197,6 +205,7 @@ def _check(
     rates: Mapping[str, Rate],
     clip: float | None,
     accumulate: int,
+    ema: float | None,
 ) -> None:
     if not terms or not rates:
         raise ValueError(
@@ -215,6 +224,8 @@ def _check(
             f"accumulate is {accumulate} and clip {clip}; accumulate counts microbatches from 1 "
             "up, and clip is a norm above 0 or None"
         )
+    if ema is not None and not 0.0 <= ema < 1.0:
+        raise ValueError(f"ema is {ema}; it is the decay of an average: give one in [0, 1), or None")
 
 
 def _pair(name: str, value: Any) -> tuple[jax.Array, jax.Array]:
@@ -262,6 +273,20 @@ def _examples(batch: Batch) -> jax.Array:
     if "mask" in batch:
         return jnp.sum(jnp.asarray(batch["mask"]), dtype=jnp.float32)
     return jnp.float32(jnp.shape(next(iter(batch.values())))[0])
+
+
+def _averaged(
+    state: TrainState, moved: Any, moving: Any, stats: Any, ema: float | None, since: Any
+) -> Any:
+    if ema is None:
+        return state.ema
+    if not state.ema:
+        raise ValueError(
+            f"ema is {ema} and the state keeps no average; create it with `averaged=` the mask of "
+            "what moves, or give ema=None"
+        )
+    new, old = {"params": moved, "stats": stats}, {"params": moving, "stats": state.stats}
+    return average.moved(state.ema, new, old, ema, since)
 
 
 def _still_finite(new: Any, old: Any) -> jax.Array:

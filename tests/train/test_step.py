@@ -383,12 +383,15 @@ def test_a_step_that_is_not_finite_keeps_everything(bad, accumulate):
     flagged = {**LINE, "flag": np.array([1, 0, 0, 0], np.float32)}
     new, metrics = jax.jit(step)(state, flagged, START)
     assert not bool(metrics["finite"])
-    assert int(new.step) == 1
+    assert int(new.step) == 0 and not bool(new.finite)
     masks.assert_held(state[1:4], new[1:4])
     clean = {**LINE, "flag": np.zeros(4, np.float32)}
-    if bad != "gradient":
-        new, metrics = jax.jit(step)(new, clean, START)
-        assert bool(metrics["finite"])
+    late, metrics = jax.jit(step)(new, clean, START)  # a loop that has not read it yet
+    assert not bool(metrics["finite"]) and int(late.step) == 0
+    masks.assert_held(state[1:4], late[1:4])
+    if bad in ("loss", "stats"):
+        new, metrics = jax.jit(step)(late._replace(finite=jnp.bool_(True)), clean, START)
+        assert bool(metrics["finite"]) and int(new.step) == 1
         assert float(new.params["w"]) == pytest.approx(1.9, abs=1e-4)
 
 
