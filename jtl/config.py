@@ -37,7 +37,18 @@ TABLES: dict[str, dict[str, str]] = {
         "progressive": "jtl.train.phases:progressive",
     },
     "optimizer": {
+        "adabelief": "jtl.recipes.optimizers:adabelief",
+        "adafactor": "jtl.recipes.optimizers:adafactor",
+        "adagrad": "jtl.recipes.optimizers:adagrad",
+        "adam": "jtl.recipes.optimizers:adam",
         "adamw": "jtl.recipes.optimizers:adamw",
+        "lamb": "jtl.recipes.optimizers:lamb",
+        "lars": "jtl.recipes.optimizers:lars",
+        "lion": "jtl.recipes.optimizers:lion",
+        "muon": "jtl.recipes.optimizers:muon",
+        "nadamw": "jtl.recipes.optimizers:nadamw",
+        "radam": "jtl.recipes.optimizers:radam",
+        "rmsprop": "jtl.recipes.optimizers:rmsprop",
         "sgd": "jtl.recipes.optimizers:sgd",
     },
     "task": {
