@@ -4,11 +4,24 @@ A curve knows no number of steps, so it stands in configs; `resolve` turns it in
 once the length of its phase is known. Steps count from the start of the phase.
 """
 
+import inspect
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import optax
+
+from jtl import near
+from jtl.train import spans
+from jtl.train.curves import (
+    constant,
+    flat_cosine,
+    one_cycle,
+    slanted_triangular,
+    warmup_cosine,
+    warmup_linear,
+)
+from jtl.train.spans import Span
 
 
 class Curve(NamedTuple):
@@ -17,105 +30,28 @@ class Curve(NamedTuple):
     Attributes:
         kind: a name in `KINDS`.
         peak: the highest rate.
-        warmup: fraction of the phase in which the rate rises to the peak.
+        warmup: how long the rate rises to the peak: a fraction of the phase, or a text with a unit,
+            "100 steps", "0.5 epochs", "640 examples".
         end: rate at the end of the phase (and at the start of a slanted triangle), as a fraction of
             the peak.
+        start: rate at the start of a `one_cycle`, as a fraction of the peak.
+        flat: where the fall of a `flat_cosine` begins, as `warmup`.
     """
 
     kind: str
     peak: float
-    warmup: float | None = None
+    warmup: Span | None = None
     end: float | None = None
+    start: float | None = None
+    flat: Span | None = None
 
 
 Rate = float | int | Curve | Callable
 
-
-def constant(
-    peak: float | int, steps: int, *, warmup: float | int = 0.0, end: float | int = 1.0
-) -> optax.Schedule:
-    """Return a linear warm-up from 0, then `peak`; `end` must stay 1.
-
-    >>> schedule = constant(4.0, 8, warmup=0.5)
-    >>> [float(schedule(step)) for step in (0, 2, 4, 8)]
-    [0.0, 2.0, 4.0, 4.0]
-
-    Raises:
-        ValueError: the warm-up is no fraction below 1, or `end` is not 1.
-    """
-    if end != 1.0:
-        raise ValueError(
-            f"a constant rate ends at its peak, and end={end} is given; "
-            "leave it 1.0, or take 'warmup_linear', which falls"
-        )
-    rise = _warmup_steps(steps, warmup)
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, rise), optax.constant_schedule(peak)], [rise]
-    )
-
-
-def warmup_linear(
-    peak: float | int, steps: int, *, warmup: float | int = 0.1, end: float | int = 0.0
-) -> optax.Schedule:
-    """Return a linear warm-up from 0 to `peak`, then a straight fall to `end * peak`.
-
-    >>> schedule = warmup_linear(4.0, 10, warmup=0.2)
-    >>> [float(schedule(step)) for step in (0, 1, 2, 6, 10)]
-    [0.0, 2.0, 4.0, 2.0, 0.0]
-
-    Raises:
-        ValueError: the warm-up is no fraction below 1.
-    """
-    rise = _warmup_steps(steps, warmup)
-    fall = optax.linear_schedule(peak, end * peak, steps - rise)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), fall], [rise])
-
-
-def warmup_cosine(
-    peak: float | int, steps: int, *, warmup: float | int = 0.1, end: float | int = 0.0
-) -> optax.Schedule:
-    """Return a linear warm-up from 0 to `peak`, then half a cosine down to `end * peak`.
-
-    >>> schedule = warmup_cosine(4.0, 10, warmup=0.2)
-    >>> [round(float(schedule(step)), 6) for step in (0, 1, 2, 6, 10)]
-    [0.0, 2.0, 4.0, 2.0, 0.0]
-
-    Raises:
-        ValueError: the warm-up is no fraction below 1.
-
-    Reference: Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts.
-    """
-    rise = _warmup_steps(steps, warmup)
-    fall = optax.cosine_decay_schedule(peak, steps - rise, alpha=end)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), fall], [rise])
-
-
-def slanted_triangular(
-    peak: float | int, steps: int, *, warmup: float | int = 0.1, end: float | int = 1 / 32
-) -> optax.Schedule:
-    """Return a steep straight rise from `end * peak` to `peak` and a long fall back.
-
-    >>> schedule = slanted_triangular(32.0, 10, warmup=0.2)
-    >>> [float(schedule(step)) for step in (0, 1, 2, 6, 10)]
-    [1.0, 16.5, 32.0, 16.5, 1.0]
-
-    Raises:
-        ValueError: the warm-up is no fraction below 1.
-
-    Reference: Howard and Ruder 2018, arXiv:1801.06146, equation 3.
-    """
-    rise = _warmup_steps(steps, warmup)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(end * peak, peak, rise),
-            optax.linear_schedule(peak, end * peak, steps - rise),
-        ],
-        [rise],
-    )
-
-
 KINDS: dict[str, Callable[..., optax.Schedule]] = {
     "constant": constant,
+    "flat_cosine": flat_cosine,
+    "one_cycle": one_cycle,
     "slanted_triangular": slanted_triangular,
     "warmup_cosine": warmup_cosine,
     "warmup_linear": warmup_linear,
@@ -123,42 +59,86 @@ KINDS: dict[str, Callable[..., optax.Schedule]] = {
 
 
 def curve(
-    kind: str,
+    kind: str | Mapping[str, Any],
     peak: float | int,
     *,
-    warmup: float | int | None = None,
+    warmup: Span | None = None,
     end: float | int | None = None,
+    start: float | int | None = None,
+    flat: Span | None = None,
 ) -> Rate:
     """Return the rate that a config names: a float where it is constant without warm-up.
 
+    Args:
+        kind: a name in `KINDS`, or a dict of the kind and its options; those given beside it win.
+        peak: the highest rate.
+        warmup: as in `Curve`, like the other options.
+        end: rate at the end, as a fraction of the peak.
+        start: rate at the start of a `one_cycle`, as a fraction of the peak.
+        flat: where the fall of a `flat_cosine` begins.
+
     >>> curve("constant", 0.5)
     0.5
-    >>> curve("warmup_linear", 0.5, warmup=0.2)
-    Curve(kind='warmup_linear', peak=0.5, warmup=0.2, end=None)
+    >>> curve({"kind": "flat_cosine", "flat": 0.5}, 4.0, warmup="10 steps") == Curve(
+    ...     "flat_cosine", 4.0, warmup="10 steps", flat=0.5
+    ... )
+    True
 
     Raises:
-        ValueError: the kind is not known.
+        ValueError: the kind is not known or has no such option; a span that cannot be read.
     """
-    _kind(kind)
-    if kind == "constant" and not warmup and end in (None, 1.0):
+    given = {"warmup": warmup, "end": end, "start": start, "flat": flat}
+    name, options = _shape(kind)
+    options |= {name: value for name, value in given.items() if value is not None}
+    _check_options(name, options)
+    if name == "constant" and not options.get("warmup") and options.get("end", 1.0) == 1.0:
         return peak
-    return Curve(kind, peak, warmup, end)
+    return Curve(name, peak, **options)
 
 
-def resolve(rate: Rate, steps: int) -> Rate:
+def resolve(
+    rate: Rate,
+    steps: int,
+    *,
+    steps_per_epoch: int | None = None,
+    examples_per_epoch: int | None = None,
+) -> Rate:
     """Return a float, or a schedule: a curve becomes an optax schedule over `steps` steps.
+
+    Args:
+        rate: a float, a curve, or a schedule, which stays as it is.
+        steps: of the phase.
+        steps_per_epoch: needed where the curve counts epochs or examples.
+        examples_per_epoch: needed where it counts examples.
 
     >>> float(resolve(Curve("warmup_linear", 4.0, warmup=0.2), 10)(1))
     2.0
+    >>> float(resolve(Curve("warmup_linear", 4.0, warmup="0.5 epochs"), 10, steps_per_epoch=4)(1))
+    2.0
 
     Raises:
-        ValueError: the curve names no known schedule, or its warm-up is no fraction below 1.
+        ValueError: the curve names no known schedule or option; a span that does not fit.
     """
     if not isinstance(rate, Curve):
         return rate if callable(rate) else float(rate)
-    options = {"warmup": rate.warmup, "end": rate.end}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = _options(rate)
+    _check_options(rate.kind, options)
+    per_epoch = {"steps_per_epoch": steps_per_epoch, "examples_per_epoch": examples_per_epoch}
+    for name in _SPANS & options.keys():
+        options[name] = spans.in_steps(options[name], steps, name, **per_epoch) / steps
     return _kind(rate.kind)(rate.peak, steps, **options)
+
+
+def check(rate: Rate) -> None:
+    """Refuse a curve that no phase can resolve.
+
+    >>> check(Curve("one_cycle", 0.1, start=0.1))
+
+    Raises:
+        ValueError: its kind is not known or has no such option; a span that cannot be read.
+    """
+    if isinstance(rate, Curve):
+        _check_options(rate.kind, _options(rate))
 
 
 def peak(rate: Rate) -> float | int:
@@ -194,9 +174,36 @@ def _kind(kind: str) -> Callable[..., optax.Schedule]:
     return KINDS[kind]
 
 
-def _warmup_steps(steps: int, warmup: float | int) -> int:
-    if not 0.0 <= warmup < 1.0:
+def _shape(kind: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(kind, str):
+        return kind, {}
+    if "kind" not in kind:
         raise ValueError(
-            f"warmup is a fraction of the phase, and {warmup} is given; take one in [0, 1)"
+            f"a schedule has the fields {sorted(kind)} and no kind; add kind= one of "
+            f"{sorted(KINDS)}"
         )
-    return round(steps * warmup)
+    return kind["kind"], {name: value for name, value in kind.items() if name != "kind"}
+
+
+_SPANS = frozenset({"warmup", "flat"})
+
+
+def _options(curve: Curve) -> dict[str, Any]:
+    fields = curve._asdict().items()
+    return {
+        name: value for name, value in fields if name not in ("kind", "peak") and value is not None
+    }
+
+
+def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+    known = [
+        n for n, p in inspect.signature(_kind(kind)).parameters.items() if p.kind is p.KEYWORD_ONLY
+    ]
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(
+                f"schedule {kind!r} has no option {name!r}; it has {sorted(known)}"
+                f"{near.nearest(name, known)}"
+            )
+        if name in _SPANS:
+            spans.parse(value, name)
