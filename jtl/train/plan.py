@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from jtl.train import schedules
+from jtl.train import schedules, spans
 from jtl.train.schedules import Rate
 
 
@@ -42,12 +42,13 @@ class Phase:
         name: unique in its plan.
         rates: label -> rate; a label that is absent is held. Schedules count steps from the start
             of the phase and span its longest length.
-        epochs: longest length in epochs, a fraction too; or give `steps`.
+        epochs: longest length in epochs, a fraction too; or give `steps`, or `examples`.
         steps: longest length in steps.
         until: None runs the full length. Otherwise the metric is watched after each epoch, and the
             best weights of the phase, those at its start included, are restored at its end.
         series: under `Plateau`, once a phase of a series ended without raising the metric, the
             later phases of that series are skipped.
+        examples: longest length in examples seen.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Phase:
     steps: int | None = None
     until: Plateau | EarlyStop | None = None
     series: str = ""
+    examples: int | None = None
 
     @property
     def live(self) -> frozenset[str]:
@@ -66,16 +68,35 @@ class Phase:
 Plan = Sequence[Phase]
 
 
-def length(phase: Phase, steps_per_epoch: int) -> int:
-    """Return the longest length of a phase in steps.
+def length(phase: Phase, steps_per_epoch: int, examples_per_epoch: int | None = None) -> int:
+    """Return the longest length of a phase in steps, 1 at least.
+
+    Args:
+        phase: its length in epochs, steps or examples.
+        steps_per_epoch: of the training data.
+        examples_per_epoch: of the training data; needed where the phase counts examples.
 
     >>> length(Phase("all", {"head": 0.1}, epochs=2.5), 10)
     25
+    >>> length(Phase("all", {"head": 0.1}, examples=960), 10, 320)
+    30
+
+    Raises:
+        ValueError: the phase counts examples and `examples_per_epoch` is not given.
     """
-    if phase.steps is not None:
-        return phase.steps
-    assert phase.epochs is not None
-    return max(1, round(phase.epochs * steps_per_epoch))
+    ((unit, number),) = _lengths(phase).items()
+    return max(
+        1,
+        round(
+            spans.to_steps(
+                number,
+                unit,
+                f"the length of phase {phase.name!r}",
+                steps_per_epoch=steps_per_epoch,
+                examples_per_epoch=examples_per_epoch,
+            )
+        ),
+    )
 
 
 def ever_live(plan: Plan) -> frozenset[str]:
@@ -92,7 +113,8 @@ def check_plan(plan: Plan, labels: Iterable[str]) -> None:
 
     Raises:
         ValueError: an empty plan, two phases of one name, a phase that moves nothing or names an
-            unknown label, a rate that is not above 0, no length or two, a series without `Plateau`.
+            unknown label, a rate that is not above 0 or a curve that its kind does not know, no
+            length or two, a series without `Plateau`.
     """
     known = sorted(set(labels))
     if not plan:
@@ -118,6 +140,7 @@ def _check_labels(phase: Phase, known: list[str]) -> None:
         hint = f"; nearest to {unknown[0]!r}: {near}" if near else ""
         raise ValueError(f"phase {phase.name!r} names {unknown}; the tree has {known}{hint}")
     for label, rate in phase.rates.items():
+        schedules.check(rate)
         if not isinstance(rate, schedules.Curve) and callable(rate):
             continue
         if not (math.isfinite(schedules.peak(rate)) and schedules.peak(rate) > 0):
@@ -127,14 +150,18 @@ def _check_labels(phase: Phase, known: list[str]) -> None:
             )
 
 
+def _lengths(phase: Phase) -> dict[str, float | int]:
+    given = {"epochs": phase.epochs, "steps": phase.steps, "examples": phase.examples}
+    return {unit: number for unit, number in given.items() if number is not None}
+
+
 def _check_length(phase: Phase) -> None:
-    given = {"epochs": phase.epochs, "steps": phase.steps}
-    if sum(value is not None for value in given.values()) != 1:
+    given = _lengths(phase)
+    if len(given) != 1:
         raise ValueError(
-            f"phase {phase.name!r} has epochs={phase.epochs} and steps={phase.steps}; "
-            "give one of the two"
+            f"phase {phase.name!r} has the lengths {given}; give one of epochs, steps and examples"
         )
-    if not all(value is None or value > 0 for value in given.values()):
+    if not all(value > 0 for value in given.values()):
         raise ValueError(f"phase {phase.name!r} has the length {given}; a length is above 0")
     if phase.until is not None and phase.until.patience < 1:
         raise ValueError(

@@ -117,9 +117,8 @@ def to_steps(
             f"{what} counts {unit}, and how many steps these are is not known here; give {needed}, "
             "or count steps"
         )
-    if unit == "epochs":
-        return number * steps_per_epoch
-    return number * steps_per_epoch / known
+    epochs = number if unit == "epochs" else number / known
+    return float(epochs * steps_per_epoch)
 
 
 def _refuse(span: str, what: str) -> Length:
