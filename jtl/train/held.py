@@ -1,29 +1,42 @@
 """Proof that what is held in a phase kept its bits: a digest of each held array, before and after.
 
 Digests instead of copies: they take no memory of the device, and go with the checkpoint, so that
-the proof spans a phase that was interrupted.
+the proof spans a phase that was interrupted. A digest is of the values alone, wherever they lie, so
+a run may go on with another number of devices or processes.
 """
 
+import concurrent.futures
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jtl import masks, trees
 from jtl.near import listed
 from jtl.train.state import TrainState
 
+_THREADS = 4  # and so many arrays at most are copied to the host at once
 
-def digests(state: TrainState, labels: PyTree[str], live: frozenset[str]) -> dict[str, str]:
+
+def digests(
+    state: TrainState,
+    labels: PyTree[str],
+    live: frozenset[str],
+    *,
+    known: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Return {name: digest} of every held parameter, statistic and optimizer slot.
 
     Args:
         state: its `params` have the structure of `labels`.
         labels: tree of labels of the parameters.
         live: labels that move; all others are held.
+        known: digests of arrays that have not changed since; they are not read again.
     """
     held = jax.tree.map(lambda label: label not in live, labels)
     slots = getattr(state.opt_state, "inner_states", {})
@@ -32,8 +45,10 @@ def digests(state: TrainState, labels: PyTree[str], live: frozenset[str]) -> dic
         "stats": masks.split(state.stats, held_stats(state.stats, labels, live))[0],
         "opt_state": {label: slot for label, slot in slots.items() if label not in live},
     }
-    leaves = zip(trees.names(parts), jax.tree.leaves(parts), strict=True)
-    return {name: _digest(leaf) for name, leaf in leaves}
+    leaves = dict(zip(trees.names(parts), jax.tree.leaves(parts), strict=True))
+    fresh = {name: leaf for name, leaf in leaves.items() if name not in (known or {})}
+    found = {**(known or {}), **dict(zip(fresh, _digests(list(fresh.values())), strict=True))}
+    return {name: found[name] for name in leaves}
 
 
 def held_stats(stats: PyTree, labels: PyTree[str], live: frozenset[str]) -> PyTree[bool]:
@@ -82,8 +97,32 @@ def _modules(name: str) -> list[str]:
     return ["/".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
 
 
-def _digest(leaf: Any) -> str:
-    array = np.asarray(leaf)
-    digest = hashlib.blake2b(f"{array.dtype}{array.shape}".encode(), digest_size=8)
-    digest.update(array.tobytes())
-    return digest.hexdigest()
+def digest(leaf: Any) -> str:
+    """Return 16 hex digits of dtype, shape and bits of an array, wherever it lies.
+
+    An array that is split over processes is gathered, and all of them must call this.
+
+    >>> digest(np.float32([0.0])) == digest(np.float32([-0.0]))
+    False
+    """
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    host = np.asarray(multihost_utils.process_allgather(leaf, tiled=True) if _away(leaf) else leaf)
+    # SHA-256 runs in hardware: 1.8 GB/s on one core, where blake2b makes 0.9.
+    found = hashlib.sha256(f"{host.dtype}{host.shape}".encode())
+    found.update(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
+
+
+def _digests(leaves: list[Any]) -> list[str]:
+    if any(_away(leaf) for leaf in leaves):  # gathered by all processes in one order
+        return [digest(leaf) for leaf in leaves]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(digest, leaves))
+
+
+def _away(leaf: Any) -> bool:
+    """Return whether this process lacks a part of an array."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return False
+    return not leaf.is_fully_replicated

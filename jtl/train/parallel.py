@@ -1,145 +1,219 @@
-"""Several devices: a mesh for `jit`, which splits the step by itself, and `pmap` as a thin door.
+"""How one run lies on its devices, as plain data: one device, data-parallel, FSDP or `pmap`.
 
-mesh = make_mesh()
-state = replicate(state, mesh)
-state, metrics = compiled(state, shard_batch(batch, mesh), start)      # jit
-state, metrics = pmap_step(step, axis_name="data")(state, batch, start)  # pmap
+    spread = make_spread("fsdp")
+    check_batch_size(spread, 64)                          # once, before anything is loaded
+    state = place(spread, state)
+    steps = compiled(spread, make_step(..., axis_name=spread.axis_name))
+    for batch in batches:                                 # each process gives `rows(spread, 64)`
+        state, metrics = steps(state, put(spread, batch), start)
+
+The numbers are those of one device, to the rounding of sums in another order.
 """
 
-import math
-import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
-from jtl.train.compile import Compiled, CompiledSteps, measured
-from jtl.train.state import Batch, Step, TrainState
-from jtl.trees import changes
+from jtl.near import nearest
+from jtl.train import mesh as meshes
+from jtl.train.compile import Compiled, CompiledSteps, compile_step
+from jtl.train.held import digest
+from jtl.train.pmap import pmap_step
+from jtl.train.state import Batch, Step
+
+AXIS = "data"
+KINDS = {
+    "jit": "one device where there is one, else as 'data'",
+    "data": "the batch split over the devices, the state whole on each",
+    "fsdp": "the batch split, and every large array of the state too",
+    "pmap": "as 'data', through jax.pmap; one process",
+}
 
 
-def make_mesh(devices: Sequence[Any] | None = None, *, axis_name: str = "data") -> Mesh:
-    """Return a mesh of one axis over the devices; None takes all.
+class Spread(NamedTuple):
+    """How a run lies on its devices.
 
-    Its axis is Auto: under jax's default, Explicit, the lookup of a Linen Embed is an error.
+    Attributes:
+        kind: one of `KINDS`.
+        mesh: the devices; None is the default device, and nothing is committed to it.
+        axis_name: that the step and the model's BatchNorm are made with; None for one program.
+        threshold: numbers in an array from which FSDP splits it.
     """
-    devices = jax.devices() if devices is None else list(devices)
-    return Mesh(np.asarray(devices), (axis_name,), axis_types=(AxisType.Auto,))
+
+    kind: str
+    mesh: Mesh | None
+    axis_name: str | None
+    threshold: int
 
 
-def shard_batch(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Return the batch with its rows spread over the mesh.
+def make_spread(
+    kind: str = "jit", devices: Sequence[Any] | None = None, *, threshold: int = 2**16
+) -> Spread:
+    """Return how a run lies on the devices.
 
-    With several processes each gives its own rows.
+    Args:
+        kind: "jit" (one device where there is one, else as "data"), "data" (the batch is split),
+            "fsdp" (the batch, and every large array of the state), "pmap".
+        devices: None takes all, of all processes.
+        threshold: numbers in an array from which FSDP splits it.
+
+    Raises:
+        ValueError: an unknown kind; `pmap` with several processes.
+    """
+    if kind not in KINDS:
+        raise ValueError(
+            f"parallel is {kind!r}{nearest(kind, KINDS)}; give one of "
+            + "; ".join(f"{name!r} ({what})" for name, what in KINDS.items())
+        )
+    if kind == "pmap" and jax.process_count() > 1:
+        raise ValueError(
+            f"parallel='pmap' runs in one process, and there are {jax.process_count()}; "
+            "take 'data' or 'fsdp'"
+        )
+    if kind == "jit" and devices is None and jax.device_count() == 1:
+        return Spread(kind, None, None, threshold)
+    mesh = meshes.make_mesh(devices, axis_name=AXIS)
+    return Spread(kind, mesh, AXIS if kind == "pmap" else None, threshold)
+
+
+def check_batch_size(spread: Spread, batch_size: int, *, accumulate: int = 1) -> None:
+    """Raise unless batches of this size can be split over the devices.
+
+    Args:
+        spread: how the run lies.
+        batch_size: rows of the whole batch, over all processes.
+        accumulate: microbatches; under `pmap` each device takes them from its own rows.
+
+    Raises:
+        ValueError: the rows do not divide; names the nearest sizes that do.
+    """
+    devices = size(spread)
+    parts = devices * accumulate if spread.kind == "pmap" else devices
+    if batch_size % parts or batch_size < 1:
+        below = batch_size // parts * parts
+        near = f"{below} or {below + parts}" if below else f"{parts}"
+        each = f" in {accumulate} microbatches each" if parts != devices else ""
+        raise ValueError(
+            f"a batch of {batch_size} rows does not divide over {devices} devices{each}; take "
+            f"batch_size {near}, or give the run fewer devices"
+        )
+
+
+def size(spread: Spread) -> int:
+    """Return the number of devices, of all processes."""
+    return 1 if spread.mesh is None else spread.mesh.size
+
+
+def rows(spread: Spread, batch_size: int) -> slice:
+    """Return which rows of the whole batch this process gives."""
+    if spread.mesh is None:
+        return slice(0, batch_size)
+    each, own = batch_size // spread.mesh.size, jax.process_index()
+    mine = [i for i, d in enumerate(spread.mesh.devices.flat) if d.process_index == own]
+    return slice(mine[0] * each, (mine[-1] + 1) * each) if mine else slice(0, 0)
+
+
+def shardings(spread: Spread, tree: PyTree) -> PyTree:
+    """Return where each leaf of a state lies; None for all on the default device.
+
+    A state too large for one device is made where it lies:
+    `jax.jit(init, out_shardings=shardings(spread, jax.eval_shape(init)))()`.
+    """
+    if spread.mesh is None:
+        return jax.tree.map(lambda _: None, tree)
+    if spread.kind == "fsdp":
+        return meshes.split(tree, spread.mesh, threshold=spread.threshold)
+    whole = NamedSharding(spread.mesh, PartitionSpec())
+    return jax.tree.map(lambda _: whole, tree)
+
+
+def place(spread: Spread, tree: PyTree) -> PyTree:
+    """Return the state where it lies in this run: copies, but as it is on the default device.
+
+    Args:
+        spread: how the run lies.
+        tree: arrays of this process, any tree. Under FSDP it is split leaf by leaf: parameters,
+            optimizer slots, averages and refs of one shape are split alike.
+
+    Raises:
+        ValueError: several processes, and the values are not the same on each.
+    """
+    if spread.mesh is None:
+        return tree
+    _check_same(tree)
+    return meshes.put(tree, shardings(spread, tree))
+
+
+def put(spread: Spread, batch: Batch) -> dict[str, Any]:
+    """Return a batch on the devices; each process gives its own rows (`rows`). Does not wait.
 
     Raises:
         ValueError: the rows do not divide by the devices.
     """
-    local = math.prod(mesh.local_mesh.devices.shape)
-    _check_rows(batch, local)
-    sharding = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-        for name, value in batch.items()
-    }
+    if spread.mesh is None:
+        return {name: jnp.array(value) for name, value in batch.items()}
+    return meshes.shard_batch(batch, spread.mesh)
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Return a copy of the tree on every device of the mesh.
-
-    It shares no buffer with `tree`: a step that takes its state would delete the caller's. (Under a
-    sharding, `device_put(..., may_alias=False)` shares it all the same.)
-    """
-    sharding = NamedSharding(mesh, PartitionSpec())
-
-    def placed(leaf: Any) -> jax.Array:
-        return jax.device_put(jnp.array(leaf, jnp.result_type(leaf), copy=True), sharding)
-
-    return jax.tree.map(placed, tree)
-
-
-def pmap_step(step: Step, *, axis_name: str, devices: Sequence[Any] | None = None) -> CompiledSteps:
-    """Return the step under `pmap`: state, whole batch and start go in as for the plain step.
-
-    The rows are dealt to the devices in order; the state is the same on all, and is returned
-    without a leading axis.
+def shapes(spread: Spread, batch: Batch) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of what `put` makes of a batch, to compile ahead; nothing is moved.
 
     Args:
-        step: made with this `axis_name`, and so must be the model's BatchNorm.
-        axis_name: of the devices.
-        devices: None takes all of this process.
-
-    Raises:
-        ValueError: when called: rows that do not divide by the devices; statistics that differ from
-            device to device after the first step, which a BatchNorm without the axis leaves.
+        spread: how the run lies.
+        batch: arrays or their shapes, the rows of this process.
     """
-    devices = list(jax.local_devices() if devices is None else devices)
-    mesh = make_mesh(devices, axis_name=axis_name)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    mapped = jax.pmap(
-        step,
-        axis_name=axis_name,
-        in_axes=(None, 0, None),  # pyright: ignore[reportArgumentType]
-        out_axes=(None, None),  # pyright: ignore[reportArgumentType]
-        devices=devices,
-        donate_argnums=0,
-    )
+    mesh, whole, where = spread.mesh, 1, None
+    if mesh is not None:
+        local = meshes.local_devices(mesh)
+        meshes.check_rows({n: np.empty(jnp.shape(x)[:1]) for n, x in batch.items()}, local)
+        whole, where = mesh.size // local, meshes.batch_sharding(mesh)
 
-    def placed(state: TrainState) -> TrainState:
-        return jax.tree.map(
-            lambda x: x if x.sharding == everywhere else jax.device_put(x, everywhere), state
-        )
+    def shape(value: Any) -> jax.ShapeDtypeStruct:
+        first, *others = jnp.shape(value)
+        dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(value))
+        return jax.ShapeDtypeStruct((first * whole, *others), dtype, sharding=where)
 
-    def compile_mapped(step: Step, state: Any, batch: Batch, start: Any) -> Compiled:
-        del step
-        began = time.perf_counter()
-        compiled = mapped.lower(placed(state), _dealt(batch, len(devices)), start).compile()
-        result = measured(compiled, time.perf_counter() - began)
-        unchecked = [True]
-
-        def call(state: TrainState, batch: Batch, start: Any) -> Any:
-            state, metrics = compiled(placed(state), _dealt(batch, len(devices)), start)
-            if unchecked:
-                _check_agreement(state.stats, axis_name)
-                unchecked.clear()
-            return state, metrics
-
-        return result._replace(call=call)
-
-    return CompiledSteps(step, compile_mapped)
+    return {name: shape(value) for name, value in batch.items()}
 
 
-def _dealt(batch: Batch, devices: int) -> dict[str, Any]:
-    _check_rows(batch, devices)
-    return {
-        name: jnp.reshape(value, (devices, -1, *np.shape(value)[1:]))
-        for name, value in batch.items()
-    }
+def compiled(spread: Spread, step: Step) -> CompiledSteps:
+    """Return the step as this run calls it, compiled once for each shape of batch.
+
+    Args:
+        spread: how the run lies.
+        step: of `make_step(..., axis_name=spread.axis_name)`.
+    """
+    if spread.kind == "pmap" and spread.mesh is not None:
+        return pmap_step(step, axis_name=AXIS, devices=list(spread.mesh.devices.flat))
+    return CompiledSteps(step, _compile_step)
 
 
-def _check_rows(batch: Batch, devices: int) -> None:
-    rows = {name: np.shape(value)[0] for name, value in batch.items()}
-    if any(count % devices for count in rows.values()):
+def _compile_step(step: Step, state: Any, batch: Any, start: Any) -> Compiled:
+    """Compile for a `start` of numpy: an array of one process is no argument of several."""
+    del start
+    result = compile_step(step, state, batch, np.int32(0))
+
+    def call(state: Any, batch: Any, start: Any) -> Any:
+        return result.call(state, batch, np.asarray(start, np.int32))
+
+    return result._replace(call=call)
+
+
+def _check_same(tree: PyTree) -> None:
+    """Raise unless all processes have the same values."""
+    if jax.process_count() == 1:
+        return
+    text = "".join(digest(leaf) for leaf in jax.tree.leaves(tree))
+    own = np.frombuffer(bytes.fromhex(digest(np.frombuffer(text.encode(), np.uint8))), np.uint32)
+    every = multihost_utils.process_allgather(own)
+    if not np.all(every == every[:1]):
         raise ValueError(
-            f"the batch has {rows} rows for {devices} devices; take a batch size that is a "
-            f"multiple of {devices} (padding rows with mask False count nothing)"
+            f"the {len(every)} processes begin with different arrays; load the same weights and "
+            "take the same seed on each"
         )
-
-
-def _check_agreement(stats: Any, axis_name: str) -> None:
-    def shard(device: int) -> Any:
-        return jax.tree.map(lambda x: np.asarray(x.addressable_shards[device].data), stats)
-
-    leaves = jax.tree.leaves(stats)
-    for device in range(1, len(leaves[0].addressable_shards) if leaves else 0):
-        differing = changes(shard(0), shard(device))
-        if differing:
-            name, how = next(iter(differing.items()))
-            raise ValueError(
-                f"{len(differing)} statistics differ between the first device and device {device} "
-                f"({name!r}: {how}); BatchNorm must take its moments over the axis {axis_name!r}: "
-                f"give the model's normalisation axis_name={axis_name!r}"
-            )

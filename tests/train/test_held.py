@@ -1,12 +1,14 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import run_toy as toy
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jtl.train.held import check_held, digests, held_stats
+from jtl.train.held import check_held, digest, digests, held_stats
+from jtl.train.mesh import make_mesh
 from jtl.train.plan import Phase
-from jtl.train.state import TrainState
 
 PLAN = [Phase("a", {"head": 0.1}, steps=1), Phase("b", {"body": 0.1}, steps=1)]
 
@@ -52,10 +54,26 @@ def test_optimizer_slots_of_held_labels_are_watched():
 )
 def test_digests_are_equal_for_equal_bits_only(old, new, equal):
     def digest(x):
-        state = TrainState(jnp.int32(0), {"x": x}, {}, (), {}, jnp.int32(0))
+        state = toy.begin(PLAN)._replace(params={"x": x}, stats={}, opt_state=())
         return digests(state, {"x": "held"}, frozenset())
 
     assert (digest(old) == digest(new)) == equal
+    assert list(digest(old)) == ["params/x"]
+
+
+@pytest.mark.parametrize("axes", [("data",), (None, "data"), ()])
+def test_a_digest_does_not_depend_on_where_the_array_lies(axes):
+    mesh = make_mesh()
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    assert digest(spread) == digest(x) == digest(np.asfortranarray(x))
+    assert digest(spread.at[9, 3].add(1.0)) != digest(x) != digest(spread.T)
+
+
+def test_a_key_among_the_optimizer_slots_has_a_digest():
+    keys = [jax.random.key(0), jax.random.key(0), jax.random.key(1)]
+    found = [digest(key) for key in keys]
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_statistic_belongs_to_the_nearest_module_with_parameters():

@@ -8,8 +8,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jtl.models.norms import BatchNorm
 from jtl.train.compile import compile_step, make_compiled
+from jtl.train.mesh import make_mesh, replicate, shard_batch
 from jtl.train.optimizer import phase_optimizer
-from jtl.train.parallel import make_mesh, pmap_step, replicate, shard_batch
+from jtl.train.pmap import pmap_step
 from jtl.train.state import create
 from jtl.train.step import make_step
 
