@@ -6,18 +6,17 @@ latest(checkpoints)                           # {"phase": 1}, or None in a new f
 restore(checkpoints, {"state": state})        # trees as they were, names and shapes checked
 """
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
-from jtl import trees
 from jtl.near import listed
+from jtl.train import named
+from jtl.train.differences import differences
 
 _RECORD = "record"
 
@@ -74,30 +73,36 @@ def save(
 ) -> None:
     """Save trees and a record as one checkpoint; it is written while training goes on.
 
+    With several processes all call it, each writes the parts of arrays that it has, and the record
+    is that of the first.
+
     Args:
         checkpoints: the open folder.
         step: names the checkpoint; where a later name exists, the next free one is taken.
         items: name -> tree of arrays, which may be donated as soon as this returns.
         record: plain data for JSON.
         wait: return only when it is on disk.
+
+    Raises:
+        OSError: this checkpoint cannot be written, or with `wait=False` the one before it; those
+            that stand are whole.
     """
     import orbax.checkpoint as ocp
 
     last = checkpoints.manager.latest_step()
-    flat = {name: _flat(tree) for name, tree in items.items()}
+    flat = {name: named.flat(tree) for name, tree in items.items()}
     entry = {
         "fingerprint": checkpoints.fingerprint,
-        "arrays": {name: _table(tree) for name, tree in items.items()},
+        "arrays": {name: named.table(tree) for name, tree in items.items()},
         "record": _plain(record),
     }
-    args: dict[str, Any] = {
-        name: ocp.args.StandardSave(tree) for name, tree in flat.items() if tree
-    }
+    args: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in flat.items() if tree}
     args[_RECORD] = ocp.args.JsonSave(entry)
     name = step if last is None else max(step, last + 1)
-    checkpoints.manager.save(name, args=ocp.args.Composite(**args), force=True)
-    if wait:
-        checkpoints.manager.wait_until_finished()
+    with _writing(checkpoints):
+        checkpoints.manager.save(name, args=ocp.args.Composite(**args), force=True)
+        if wait:
+            checkpoints.manager.wait_until_finished()
 
 
 def latest(checkpoints: Checkpoints) -> dict[str, Any] | None:
@@ -106,33 +111,48 @@ def latest(checkpoints: Checkpoints) -> dict[str, Any] | None:
     return None if entry is None else entry["record"]
 
 
-def restore(checkpoints: Checkpoints, like: Mapping[str, PyTree]) -> dict[str, Any]:
+def restore(
+    checkpoints: Checkpoints,
+    like: Mapping[str, PyTree],
+    *,
+    include: str | Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Return the trees of the newest checkpoint, placed on devices as those of `like` are.
+
+    A split array is read by parts, each by the device that keeps it, however many devices or
+    processes wrote it.
 
     Args:
         checkpoints: the open folder.
         like: name -> tree of arrays with the structure, shapes and dtypes that are expected. What
             it does not name is not read.
+        include: patterns of leaves, "state/params/backbone/*", in which * stands for any text. Only
+            these are read and compared; all others stay as they are in `like`. None is all.
 
     Raises:
         ValueError: no checkpoint; a name, shape or dtype differs from `like` (nothing is cast,
-            padded or cut); a file is damaged.
+            padded or cut); a pattern that no leaf matches; a file is damaged.
     """
     import orbax.checkpoint as ocp
 
     entry, step = _entry(checkpoints), checkpoints.manager.latest_step()
     if entry is None:
         raise ValueError(f"{checkpoints.folder} holds no checkpoint; save one before you restore")
-    expected = {name: _table(tree) for name, tree in like.items()}
-    found = differences({name: entry["arrays"].get(name, {}) for name in like}, expected)
+    saved = {name: entry["arrays"].get(name, {}) for name in like}
+    expected = {name: named.table(tree) for name, tree in like.items()}
+    flat = {name: named.flat(tree) for name, tree in like.items()}
+    if include is not None:
+        patterns = [include] if isinstance(include, str) else list(include)
+        named.check_patterns(patterns, saved, expected)
+        saved, expected, flat = (named.choose(t, patterns) for t in (saved, expected, flat))
+    found = differences(saved, expected)
     if found:
         raise ValueError(
             f"checkpoint {step} in {checkpoints.folder} is of another model: "
             f"{listed(found)}; build the model and optimizer that it was made with, or take an "
             "empty folder"
         )
-    flat = {name: _flat(tree) for name, tree in like.items()}
-    args = {name: ocp.args.StandardRestore(_targets(tree)) for name, tree in flat.items() if tree}
+    args = {name: _read(named.targets(tree)) for name, tree in flat.items() if tree}
     try:
         arrays = checkpoints.manager.restore(step, args=ocp.args.Composite(**args)) if args else {}
     except Exception as error:
@@ -140,47 +160,46 @@ def restore(checkpoints: Checkpoints, like: Mapping[str, PyTree]) -> dict[str, A
             f"checkpoint {step} in {checkpoints.folder} cannot be read: {error}; remove the folder "
             f"{step} to go on from an older one, if there is one"
         ) from error
-    return {name: _unflat(arrays[name] if flat[name] else {}, like[name]) for name in like}
+    return {name: named.unflat(arrays[name] if flat[name] else {}, like[name]) for name in like}
 
 
 def close(checkpoints: Checkpoints) -> None:
-    """Wait until what was saved is on disk, and close the folder."""
-    checkpoints.manager.wait_until_finished()
-    checkpoints.manager.close()
+    """Wait until what was saved is on disk, and close the folder.
 
-
-def differences(saved: Any, now: Any) -> list[str]:
-    """Return the entries in which two plain data differ, one line for each.
-
-    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4})
-    ['b/c: saved 2, now 3', 'd: saved nothing, now 4']
+    Raises:
+        OSError: the last checkpoint could not be written; those that stand are whole.
     """
-    old, new = _entries(saved), _entries(now)
-    lines = []
-    for name in [*old, *(name for name in new if name not in old)]:
-        if old.get(name, _NOTHING) != new.get(name, _NOTHING):
-            lines.append(f"{name}: saved {_show(old, name)}, now {_show(new, name)}")
-    return lines
+    try:
+        with _writing(checkpoints):
+            checkpoints.manager.wait_until_finished()
+    finally:
+        checkpoints.manager.close()
 
 
-_NOTHING = object()
+def _read(targets: Mapping[str, Any]) -> Any:
+    """Return Orbax's arguments to read these alone; its StandardRestore knows no part."""
+    import orbax.checkpoint as ocp
+
+    how = ocp.checkpoint_utils.construct_restore_args(targets)
+    return ocp.args.PyTreeRestore(item=targets, restore_args=how, partial_restore=True)
 
 
-def _show(entries: Mapping[str, Any], name: str) -> str:
-    return repr(entries[name]) if name in entries else "nothing"
+@contextlib.contextmanager
+def _writing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Say of an error where the last whole checkpoint stands."""
+    try:
+        yield
+    except Exception as error:
+        steps = _whole(checkpoints.folder)
+        last = f"the last whole one is {steps[-1]}" if steps else "there is none yet"
+        raise OSError(
+            f"a checkpoint could not be written in {checkpoints.folder}: {error}; {last}; make "
+            "room on the disk, or give a folder that can be written, and start again"
+        ) from error
 
 
-def _entries(data: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(data, Mapping) and data:
-        items = ((str(key), value) for key, value in data.items())
-    elif isinstance(data, list | tuple) and data:
-        items = ((str(i), value) for i, value in enumerate(data))
-    else:
-        return {path: data}
-    found: dict[str, Any] = {}
-    for key, value in items:
-        found |= _entries(value, f"{path}/{key}" if path else key)
-    return found
+def _whole(folder: pathlib.Path) -> list[int]:
+    return sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdigit())
 
 
 def _plain(data: Any) -> Any:
@@ -197,48 +216,3 @@ def _entry(checkpoints: Checkpoints) -> dict[str, Any] | None:
         return None
     args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
     return manager.restore(step, args=args)[_RECORD]
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _bare(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _flat(tree: PyTree) -> dict[str, Any]:
-    """Return {name: array} without empty arrays, which Orbax refuses."""
-    leaves = map(_bare, jax.tree.leaves(tree))
-    return {n: x for n, x in zip(trees.names(tree), leaves, strict=True) if np.size(x)}
-
-
-def _table(tree: PyTree) -> dict[str, str]:
-    leaves = map(_bare, jax.tree.leaves(tree))
-    return {
-        name: f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
-        for name, leaf in zip(trees.names(tree), leaves, strict=True)
-    }
-
-
-def _targets(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Ask for numpy: Orbax commits to a device what was not, which costs another compilation."""
-    return {
-        n: np.broadcast_to(np.zeros((), jnp.result_type(x)), np.shape(x)) for n, x in flat.items()
-    }
-
-
-def _unflat(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
-    leaves = [
-        _placed(arrays[name], leaf) if name in arrays else leaf
-        for name, leaf in zip(trees.names(like), jax.tree.leaves(like), strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _placed(array: Any, like: Any) -> Any:
-    if _is_key(like):
-        return jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(like))
-    if isinstance(like, jax.Array):
-        return jax.device_put(array, like.sharding) if like.committed else jnp.array(array)
-    return np.array(array)
