@@ -1,6 +1,7 @@
 """A moving average of the live weights: what is evaluated and kept in place of the last weights.
 
-    average_t = average_(t-1) + (1 - d_t) (weights_t - average_(t-1)),  d_t = min(decay, (1 + t) / (10 + t))
+    average_t = average_(t-1) + (1 - d_t) (weights_t - average_(t-1))
+    d_t = min(decay, (1 + t) / (10 + t))
 
 It is a phase's own: it starts at the weights that the phase starts from, with t counted from there,
 and what it came to are the weights that the phase leaves. Leaves that are held in a phase have

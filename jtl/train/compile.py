@@ -1,14 +1,21 @@
-"""Compile a step ahead, once for each shape of batch, and keep what was compiled on disk."""
+"""Compile a step ahead, once for each shape of batch, and keep what was compiled on disk.
 
+with in_background() as pool:
+    coming = pool.submit(compiled.prepare, shapes_of(state), batches)   # while another step runs
+"""
+
+import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from jtl.train.state import Batch, Metrics, Step, TrainState
@@ -38,16 +45,33 @@ class CompiledSteps:
         step: the step, as `make_step` returned it.
         how: `(step, state, batch, start) -> Compiled`.
         compiled: what was compiled so far, by the shapes of the batch; filled by use.
+        waits: seconds that each call waited for a program which nobody had compiled ahead.
     """
 
     step: Step
     how: Callable[..., Compiled]
     compiled: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
+    waits: list[float] = dataclasses.field(default_factory=list)
 
     def __call__(self, state: TrainState, batch: Batch, start: Any) -> tuple[TrainState, Metrics]:
         """Run a step; the state's buffers are taken, the batch's are not."""
         start = jnp.asarray(start, jnp.int32)
-        return self.compile(state, batch, start).call(state, dict(batch), start)
+        if _shapes(batch) not in self.compiled:
+            began = time.perf_counter()
+            self.compile(state, batch, start)
+            self.waits.append(time.perf_counter() - began)
+        return self.compiled[_shapes(batch)].call(state, dict(batch), start)
+
+    def prepare(self, state: Any, batches: Iterable[Batch]) -> "CompiledSteps":
+        """Compile for every shape of batch that is coming, and return the step.
+
+        Args:
+            state: shapes, as `shapes_of` gives them.
+            batches: shapes of batches.
+        """
+        for batch in batches:
+            self.compile(state, batch, jax.ShapeDtypeStruct((), jnp.int32))
+        return self
 
     def compile(self, state: Any, batch: Batch, start: Any) -> Compiled:
         """Return the step compiled for these shapes; arguments as for `compile_step`."""
@@ -57,8 +81,13 @@ class CompiledSteps:
         return self.compiled[key]
 
     @property
+    def waited(self) -> float:
+        """Seconds that calls waited for a compilation."""
+        return sum(self.waits, 0.0)
+
+    @property
     def seconds(self) -> float:
-        """Seconds spent compiling so far."""
+        """Seconds spent compiling so far, here and in the background."""
         return sum((one.seconds for one in self.compiled.values()), 0.0)
 
     @property
@@ -93,6 +122,33 @@ def compile_step(step: Step, state: Any, batch: Any, start: Any) -> Compiled:
     compiled = jitted.lower(state, batch, start).compile()
     seconds = time.perf_counter() - began
     return measured(compiled, seconds)
+
+
+def shapes_of(tree: Any) -> Any:
+    """Return the shapes of arrays, placed as these are where they are committed to a device.
+
+    >>> shapes_of({"w": jnp.ones((2, 3))})["w"].shape
+    (2, 3)
+    """
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        placed = leaf.sharding if getattr(leaf, "committed", False) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+    return jax.tree.map(shape, tree)
+
+
+@contextlib.contextmanager
+def in_background() -> Iterator[concurrent.futures.Executor]:
+    """Give a thread that works beside the loop; what has not begun when the block ends never does.
+
+    Tracing needs Python's lock and XLA's compiler does not: on an accelerator, steps go on.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="jtl-compile")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def measured(compiled: Any, seconds: float) -> Compiled:
@@ -132,8 +188,13 @@ def _user_cache() -> pathlib.Path:
 
 
 def _shapes(batch: Batch) -> tuple[Any, ...]:
-    leaves = ((name, jnp.shape(x), jnp.result_type(x), _placed(x)) for name, x in batch.items())
+    leaves = ((name, np.shape(x), _dtype(x), _placed(x)) for name, x in batch.items())
     return tuple(sorted(leaves, key=lambda row: row[0]))
+
+
+def _dtype(leaf: Any) -> Any:
+    """Return the dtype in JAX: numpy's int64 is int32 there."""
+    return jax.dtypes.canonicalize_dtype(getattr(leaf, "dtype", None) or np.result_type(leaf))
 
 
 def _placed(leaf: Any) -> Any:

@@ -1,5 +1,6 @@
 """Run a model over data in evaluation mode: predictions in order, and sums of metrics."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,8 +11,36 @@ import numpy as np
 from jtl import masks
 from jtl.train.state import Apply, Batch
 
-Predict = Callable[[Any, Any, Iterable[Batch]], dict[str, np.ndarray]]
 Evaluate = Callable[[Any, Any, Iterable[Batch]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """A forward pass over data; `make_predict` says what it gives.
+
+    Attributes:
+        heads: keys of the model's `out`.
+        forward: jitted, `(params, stats, batch) -> ({head: values}, stats)`.
+    """
+
+    heads: tuple[str, ...]
+    forward: Any
+
+    def __call__(self, params: Any, stats: Any, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
+        """Return {head: values (n, ...)}, rows in the order of their index."""
+        found: list[dict[str, np.ndarray]] = []
+        index: list[np.ndarray] = []
+        for batch, value in _each(self.forward, params, stats, batches):
+            real = np.asarray(batch["mask"])
+            index.append(np.asarray(batch["index"])[real])
+            found.append({name: np.asarray(rows)[real] for name, rows in value.items()})
+        order = _order(np.concatenate(index))
+        return {name: np.concatenate([part[name] for part in found])[order] for name in self.heads}
+
+    def warm(self, params: Any, stats: Any, batches: Iterable[Batch]) -> None:
+        """Compile for every shape of batch that is coming; arguments are shapes."""
+        for batch in batches:
+            self.forward.lower(params, stats, dict(batch)).compile()
 
 
 def make_predict(apply: Apply, *, heads: Sequence[str]) -> Predict:
@@ -43,19 +72,7 @@ def make_predict(apply: Apply, *, heads: Sequence[str]) -> Predict:
             )
         return {name: out[name].astype(jnp.float32) for name in heads}
 
-    forward = _forward(apply, values)
-
-    def predict(params: Any, stats: Any, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
-        found: list[dict[str, np.ndarray]] = []
-        index: list[np.ndarray] = []
-        for batch, value in _each(forward, params, stats, batches):
-            real = np.asarray(batch["mask"])
-            index.append(np.asarray(batch["index"])[real])
-            found.append({name: np.asarray(rows)[real] for name, rows in value.items()})
-        order = _order(np.concatenate(index))
-        return {name: np.concatenate([part[name] for part in found])[order] for name in heads}
-
-    return predict
+    return Predict(tuple(heads), _forward(apply, values))
 
 
 def make_evaluate(apply: Apply, sums: Callable[[Any, Any], Any]) -> Evaluate:

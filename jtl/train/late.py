@@ -21,18 +21,18 @@ class Late(Mapping[str, Any]):
 
     Attributes:
         arrays: scalars on the device.
-        values: the same on the host; filled by use.
+        found: the same on the host; filled by use.
     """
 
     arrays: Mapping[str, jax.Array]
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    found: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         """Return one metric, and read all of them if none was read before."""
-        if not self.values:
-            found = jax.device_get(dict(self.arrays))
-            self.values.update({key: value.item() for key, value in found.items()})
-        return self.values[name]
+        if not self.found:
+            host = jax.device_get(dict(self.arrays))
+            self.found.update({key: value.item() for key, value in host.items()})
+        return self.found[name]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""

@@ -1,5 +1,6 @@
 """Where a run stands, with its arrays, and its way to disk and back."""
 
+import dataclasses
 import sys
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jtl import masks
-from jtl.train import checkpoint, progress
+from jtl.train import average, checkpoint, progress
 from jtl.train.plan import Plan
 from jtl.train.state import TrainState
 
@@ -28,8 +29,13 @@ class At(NamedTuple):
 
 
 def own_weights(state: TrainState, labels: PyTree[str], live: frozenset[str]) -> Any:
-    """Return what a phase may change, the live parameters and the statistics, in copies."""
-    return jax.tree.map(jnp.copy, _weights(state, labels, live))
+    """Return what a phase may change, the live parameters and the statistics, in copies.
+
+    Where a moving average is kept, its values: they are what was evaluated.
+    """
+    params, stats = average.weights(state, labels, live)
+    judged = state._replace(params=params, stats=stats)
+    return jax.tree.map(jnp.copy, _weights(judged, labels, live))
 
 
 def put_weights(
@@ -41,7 +47,7 @@ def put_weights(
 
 
 def save_at(checkpoints: checkpoint.Checkpoints | None, at: At, *, wait: bool = False) -> None:
-    """Save where a run stands.
+    """Save where a run stands: after the last step that was finite.
 
     Nothing is saved without a folder, when a second Ctrl-C cut a step in two and its arrays are
     gone, and while Python shuts down.
@@ -49,6 +55,9 @@ def save_at(checkpoints: checkpoint.Checkpoints | None, at: At, *, wait: bool = 
     gone = any(x.is_deleted() for x in jax.tree.leaves(at.state))
     if checkpoints is None or gone or sys.is_finalizing():
         return
+    if not at.state.finite:  # steps that nobody has read yet changed nothing
+        found = dataclasses.replace(at.progress, step=int(at.state.step))
+        at = at._replace(state=at.state._replace(finite=jnp.ones((), bool)), progress=found)
     items = {"state": at.state} if at.best is None else {"state": at.state, "best": at.best}
     record = progress.to_record(at.progress)
     checkpoint.save(checkpoints, at.progress.step, items, record, wait=wait)

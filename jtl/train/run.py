@@ -6,77 +6,29 @@
 Logging, tables and stopping are plain lines of that loop.
 """
 
-import contextlib
-import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jtl import trees
+from jtl import masks
 from jtl.train import failure, schedules
 from jtl.train import progress as rules
 from jtl.train.checkpoint import Checkpoints
-from jtl.train.compile import make_compiled
-from jtl.train.fit import fit
-from jtl.train.held import check_held, digests
-from jtl.train.interrupt import between
+from jtl.train.coming import Epoch, prepare
+from jtl.train.compile import in_background, make_compiled
+from jtl.train.feed import Ahead, Feed
 from jtl.train.optimizer import phase_optimizer
+from jtl.train.phase import Border, Event, Job, event_of, run_phase
 from jtl.train.plan import Phase, Plan, check_plan, ever_live, length
 from jtl.train.progress import Progress
-from jtl.train.resume import At, own_weights, put_weights, resumed, save_at
+from jtl.train.resume import At, resumed
 from jtl.train.state import Apply, Batch, Term, TrainState, create
 from jtl.train.step import make_step
 
-
-class Feed(NamedTuple):
-    """The training data of a phase.
-
-    Attributes:
-        batches: `step -> iterator of batches` from that step of the whole run on, without end. The
-            batch at a step depends on nothing but the step.
-        steps_per_epoch: length of an epoch.
-    """
-
-    batches: Callable[[int], Iterator[Batch]]
-    steps_per_epoch: int
-
-
-class Event(NamedTuple):
-    """Something that happened in a run.
-
-    Attributes:
-        kind: "phase_start", "step", "evaluation", "phase_end" or "skipped".
-        step: steps taken in the whole run.
-        phase: name of the phase.
-        state: the state now; the next step takes its arrays, so copy what is to be kept.
-        metrics: floats of a step or an evaluation; what is known of a phase at its start and end.
-        progress: where the run is; its `history` has a row for each phase that ended.
-    """
-
-    kind: str
-    step: int
-    phase: str
-    state: TrainState
-    metrics: dict[str, Any]
-    progress: Progress
-
-
-class _Job(NamedTuple):
-    """What stays as it is in a run."""
-
-    plan: Plan
-    labels: Any
-    feed: Callable[..., Feed]
-    evaluate: Callable[..., Mapping[str, Any]]
-    metric: str
-    make: Callable[[Phase, int], Any]
-    explain: Callable[[TrainState, Phase, Batch], Exception]
-    checkpoints: Checkpoints | None
-    save_every: int | None
+__all__ = ["Ahead", "Event", "Feed", "run", "start_state"]
 
 
 def start_state(
@@ -87,6 +39,7 @@ def start_state(
     txs: Mapping[str, Any],
     labels: PyTree[str],
     refs: Any = None,
+    ema: float | None = None,
     key: jax.Array,
 ) -> TrainState:
     """Return the state before the first step of a plan; the arrays are copied.
@@ -98,10 +51,13 @@ def start_state(
         txs: a transform at unit rate for each label that moves in some phase.
         labels: tree of labels of the parameters.
         refs: arrays that terms read, by name.
+        ema: as `run` is given it; a number keeps a moving average of what moves in some phase.
         key: the run's key.
     """
-    tx = phase_optimizer(txs, labels, plan[0].live, ever_live(plan))
-    return create(params, stats, tx, refs=refs, key=key)
+    ever = ever_live(plan)
+    tx = phase_optimizer(txs, labels, plan[0].live, ever)
+    averaged = None if ema is None else masks.mask(labels, ever)
+    return create(params, stats, tx, refs=refs, averaged=averaged, key=key)
 
 
 def run(
@@ -117,9 +73,12 @@ def run(
     metric: str,
     clip: float | None = None,
     accumulate: int = 1,
+    ema: float | None = None,
     checkpoints: Checkpoints | None = None,
     save_every: int | None = None,
     make: Callable[..., Any] | None = None,
+    put: Callable[[Batch], Any] = jax.device_put,
+    ahead: Ahead | None = None,
     locate: Callable[[Any, Any, Any], str | None] | None = None,
 ) -> Generator[Event, None, None]:
     """Run the phases of a plan, and yield what happens.
@@ -129,6 +88,9 @@ def run(
     interruption. A run that goes on at a border of phases yields the last "phase_end" once more.
     Whatever ends it early, an error, Ctrl-C or `close()`, the last good state is saved first; for a
     Ctrl-C in the body of the loop, hold the generator in `contextlib.closing`.
+
+    A step is started before the metrics of the one before it are read. While a phase runs, the
+    steps of those that may follow it are compiled in a thread, if `ahead` is given.
 
     Args:
         state: as `start_state` makes it; its arrays are taken.
@@ -143,10 +105,14 @@ def run(
         metric: the figure that phases go by; higher is better.
         clip: greatest norm of the gradient over live leaves.
         accumulate: microbatches a step.
+        ema: decay of the moving average of the live weights, which is then what is evaluated and
+            what a phase leaves (`train.average`); None keeps none. As given to `start_state`.
         checkpoints: an open folder, which stays open; None saves nothing.
         save_every: steps between saves, beside those after each evaluation.
-        make: `(apply, terms, tx, labels, rates, *, clip, accumulate) -> compiled step`; None makes
-            the step for one program, compiled by `jit`.
+        make: `(apply, terms, tx, labels, rates, *, clip, accumulate, ema) -> compiled step`; None
+            makes the step for one program, compiled by `jit`.
+        put: starts the transfer of a batch to the devices.
+        ahead: what is known of phases before they begin; None compiles each when it begins.
         locate: `(params, stats, batch) -> name of the first block that is not finite`, for errors.
 
     Raises:
@@ -160,139 +126,52 @@ def run(
         raise ValueError(f"save_every is {save_every}; give a number of steps, or None")
     ever = ever_live(plan)
 
-    def make_phase(phase: Phase, total: int) -> Any:
-        rates = {name: schedules.resolve(r, total) for name, r in phase.rates.items()}
+    def make_phase(phase: Phase, epoch: Epoch) -> Any:
+        units = {"steps_per_epoch": epoch.steps, "examples_per_epoch": epoch.examples}
+        total = length(phase, *epoch)
+        rates = {name: schedules.resolve(r, total, **units) for name, r in phase.rates.items()}
         tx = phase_optimizer(txs, labels, phase.live, ever)
         build = _make if make is None else make
-        return build(apply, terms, tx, labels, rates, clip=clip, accumulate=accumulate)
+        return build(apply, terms, tx, labels, rates, clip=clip, accumulate=accumulate, ema=ema)
 
     def explain(state: TrainState, phase: Phase, batch: Batch) -> Exception:
         options = {"labels": labels, "live": phase.live, "locate": locate}
         return failure.explain(apply, terms, state, batch, **options)
 
     start = Progress(tuple(phase.name for phase in plan), step=int(state.step))
-    job = _Job(plan, labels, feed, evaluate, metric, make_phase, explain, checkpoints, save_every)
+    job = Job(
+        plan=plan,
+        labels=labels,
+        feed=feed,
+        evaluate=evaluate,
+        metric=metric,
+        make=make_phase,
+        explain=explain,
+        checkpoints=checkpoints,
+        save_every=save_every,
+        put=put,
+        ahead=ahead,
+    )
     return _run(job, resumed(checkpoints, At(state, start), plan, labels))
 
 
-def _run(job: _Job, at: At) -> Generator[Event, None, None]:
+def _run(job: Job, at: At) -> Generator[Event, None, None]:
     if at.progress.history and not at.progress.entered:
         last = at.progress.history[-1]
         phase = job.plan[at.progress.phase - 1]
-        yield _event("skipped" if last.get("skipped") else "phase_end", at, phase, last)
-    while at.progress.phase < len(job.plan):
-        phase = job.plan[at.progress.phase]
-        if phase.series in at.progress.ended:
-            at = at._replace(progress=rules.skip(at.progress, phase))
-            yield _event("skipped", at, phase, at.progress.history[-1])
-        else:
-            at = yield from _phase(job, at, phase)
-
-
-def _phase(job: _Job, at: At, phase: Phase) -> Generator[Event, None, At]:
-    """Run a phase from where it is to its end; return where the run is then."""
-    before, began = at.progress, time.perf_counter()
-    step: Any = None
-
-    def timed(at: At) -> At:
-        spent = time.perf_counter() - began, getattr(step, "seconds", 0.0)
-        return at._replace(progress=rules.spend(at.progress, before, *spent))
-
-    try:
-        feed = job.feed(phase.live, at.state.params, at.state.stats)
-        total = length(phase, feed.steps_per_epoch)
-        step = job.make(phase, total)
-        at = at if at.progress.entered else _entered(job, at, phase)
-        yield _event("phase_start", at, phase, {"live": sorted(phase.live), "steps": total})
-        with contextlib.closing(_stream(at, feed, step)) as stream:
-            save = False
-            while True:
-                if rules.due(at.progress, total, feed.steps_per_epoch):
-                    at, figures = _evaluated(job, at, phase)
-                    yield _event("evaluation", at, phase, figures)
-                    save = True
-                if rules.over(at.progress, phase, total):
-                    break
-                if save:
-                    save_at(job.checkpoints, timed(at))
-                state, metrics = next(stream, _ENDED)
-                if not metrics["finite"]:
-                    _refuse(job, timed(at), phase, feed, state)
-                at = At(state, rules.advance(at.progress), at.best)
-                yield _event("step", at, phase, metrics)
-                save = job.save_every is not None and at.progress.step % job.save_every == 0
-        at = _left(job, timed(at), phase, total, feed.steps_per_epoch, step)
-        save_at(job.checkpoints, at)
-    except BaseException:
-        save_at(job.checkpoints, timed(at), wait=True)
-        raise
-    yield _event("phase_end", at, phase, at.progress.history[-1])
-    return at
-
-
-_ENDED: Any = (None, {"finite": False})
-
-
-def _event(kind: str, at: At, phase: Phase, metrics: Mapping[str, Any]) -> Event:
-    step = at.progress.phase_start if kind == "phase_start" else at.progress.step
-    return Event(kind, step, phase.name, at.state, dict(metrics), at.progress)
-
-
-def _stream(at: At, feed: Feed, step: Any) -> Any:
-    """Return (state, metrics) of step after step of a phase, without end."""
-    start = jnp.int32(at.progress.phase_start)
-    return between(_on_host(fit(at.state, feed.batches(at.progress.step), step, start=start)))
-
-
-def _on_host(stream: Iterator[tuple[TrainState, Any]]) -> Iterator[tuple[TrainState, Any]]:
-    """Wait for the metrics of each step: one that is not finite must be the last."""
-    for state, metrics in stream:
-        yield state, {name: value.item() for name, value in jax.device_get(metrics).items()}
-
-
-def _entered(job: _Job, at: At, phase: Phase) -> At:
-    progress = rules.enter(at.progress, digests(at.state, job.labels, phase.live))
-    if phase.until is None or progress.metric is None:
-        return at._replace(progress=progress, best=None)
-    return At(at.state, progress, own_weights(at.state, job.labels, phase.live))
-
-
-def _evaluated(job: _Job, at: At, phase: Phase) -> tuple[At, dict[str, float]]:
-    values = job.evaluate(at.state.params, at.state.stats, phase.live)
-    figures = {name: float(value) for name, value in values.items()}
-    progress = rules.judge(at.progress, rules.figure(figures, job.metric), phase)
-    if phase.until is None or progress.best_step < progress.step:
-        return at._replace(progress=progress), figures
-    return At(at.state, progress, own_weights(at.state, job.labels, phase.live)), figures
-
-
-def _left(job: _Job, at: At, phase: Phase, total: int, steps_per_epoch: int, step: Any) -> At:
-    """Restore the best weights, prove that what was held kept its bits, and write the row."""
-    state, progress = at.state, at.progress
-    if phase.until is not None and progress.best_step < progress.step:
-        state = put_weights(state, at.best, job.labels, phase.live)
-    check_held(progress.held, digests(state, job.labels, phase.live), phase.name)
-    flops = getattr(step, "flops", 0.0)
-    row = {
-        "epochs": (progress.step - progress.phase_start) / steps_per_epoch,
-        "flops_per_step": flops if math.isfinite(flops) and flops > 0 else None,
-        "optimizer_bytes": trees.size_bytes(state.opt_state),
-        "held_bit_equal": True,
-    }
-    return At(state, rules.leave(progress, phase, total, row))
-
-
-def _refuse(job: _Job, at: At, phase: Phase, feed: Feed, state: TrainState | None) -> NoReturn:
-    """Raise for batches that ended, and for a step that was not finite, its state saved."""
-    number = at.progress.step
-    if state is None:
-        raise ValueError(
-            f"the batches of phase {phase.name!r} ended at step {number}; a feed gives batches "
-            "without end; go over the data again from its start"
-        )
-    good = state._replace(step=state.step - 1)
-    save_at(job.checkpoints, at._replace(state=good), wait=True)
-    raise job.explain(good, phase, next(iter(feed.batches(number))))
+        yield event_of("skipped" if last.get("skipped") else "phase_end", at, phase, last)
+    with in_background() as pool:
+        job, first = job._replace(pool=pool), job.plan[at.progress.phase : at.progress.phase + 1]
+        began = time.perf_counter()
+        cold = None if job.ahead is None else job.ahead._replace(warm=None)  # evaluated at once
+        border = Border(began, coming=prepare(pool, cold, job.make, first, at.state))
+        while at.progress.phase < len(job.plan):
+            phase = job.plan[at.progress.phase]
+            if phase.series and phase.series in at.progress.ended:
+                at = at._replace(progress=rules.skip(at.progress, phase))
+                yield event_of("skipped", at, phase, at.progress.history[-1])
+            else:
+                at, border = yield from run_phase(job, at, phase, border)
 
 
 def _make(apply: Any, terms: Any, tx: Any, labels: Any, rates: Any, **options: Any) -> Any:

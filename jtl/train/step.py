@@ -225,7 +225,9 @@ def _check(
             "up, and clip is a norm above 0 or None"
         )
     if ema is not None and not 0.0 <= ema < 1.0:
-        raise ValueError(f"ema is {ema}; it is the decay of an average: give one in [0, 1), or None")
+        raise ValueError(
+            f"ema is {ema}; it is the decay of an average: give one in [0, 1), or None"
+        )
 
 
 def _pair(name: str, value: Any) -> tuple[jax.Array, jax.Array]:

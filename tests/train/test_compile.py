@@ -1,5 +1,6 @@
 import contextlib
 import math
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jtl.train.compile import compile_step, enable_cache, make_compiled
+from jtl.train.compile import compile_step, enable_cache, in_background, make_compiled, shapes_of
+from jtl.train.mesh import make_mesh, replicate, shard_batch
 from jtl.train.optimizer import phase_optimizer
-from jtl.train.parallel import make_mesh, replicate, shard_batch
 from jtl.train.state import create
 from jtl.train.step import make_step
 
@@ -78,7 +79,7 @@ def test_one_compilation_for_each_shape_of_batch():
 def test_what_is_counted():
     state, step = ready()
     run = make_compiled(step)
-    assert (run.seconds, run.flops) == (0, 0.0)
+    assert (run.seconds, run.waited, run.flops) == (0, 0, 0.0)
     one = run.compile(state, network.batch(64), START)
     two = run.compile(state, network.batch(128), START)
     assert run.compile(state, network.batch(128), START) is two
@@ -96,6 +97,33 @@ def test_shapes_alone_compile_ahead_what_the_arrays_run():
     for _ in range(2):
         state, _ = run(state, network.batch(8), 0)
     assert len(traces) == 1
+
+
+def test_what_is_prepared_in_the_background_is_not_waited_for():
+    traces = []
+    state, step = ready(traces)
+    run = make_compiled(step)
+    with in_background() as pool:
+        coming = pool.submit(run.prepare, shapes_of(state), [network.batch(8), network.batch(16)])
+        assert coming.result() is run
+    with compilations() as counts:
+        for rows in (8, 16, 8):
+            state, _ = run(state, network.batch(rows), 0)
+    assert counts["compiled"] == 0 and len(traces) == 2
+    assert run.waited == 0 < run.seconds
+    run(state, network.batch(24), 0)
+    assert 0 < run.waited < run.seconds
+
+
+def test_what_has_not_begun_is_dropped_with_the_block():
+    begun, go = threading.Event(), threading.Event()
+    with in_background() as pool:
+        first = pool.submit(lambda: (begun.set(), go.wait(10)))
+        second = pool.submit(pytest.fail)
+        begun.wait(10)
+    assert second.cancelled() and not first.done()
+    go.set()
+    assert first.result()[1]
 
 
 def test_the_state_is_given_to_the_step():
