@@ -9,6 +9,7 @@ restore(checkpoints, {"state": state})        # trees as they were, names and sh
 import contextlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,10 +43,12 @@ def open_checkpoints(
     Raises:
         ValueError: the folder holds checkpoints with another fingerprint; the message names the
             entries that differ.
+        OSError: the folder cannot be made, or nothing can be written in it.
     """
     import orbax.checkpoint as ocp
 
     folder = pathlib.Path(folder).absolute()
+    _check_writable(folder)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
     )
@@ -176,6 +179,17 @@ def close(checkpoints: Checkpoints) -> None:
         checkpoints.manager.close()
 
 
+def _check_writable(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"checkpoints cannot be written in {folder}: {error}; give a folder that can be written"
+        ) from error
+
+
 def _read(targets: Mapping[str, Any]) -> Any:
     """Return Orbax's arguments to read these alone; its StandardRestore knows no part."""
     import orbax.checkpoint as ocp
@@ -190,6 +204,7 @@ def _writing(checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        checkpoints.manager.reload()  # it counts the one that failed
         steps = _whole(checkpoints.folder)
         last = f"the last whole one is {steps[-1]}" if steps else "there is none yet"
         raise OSError(
@@ -210,7 +225,8 @@ def _entry(checkpoints: Checkpoints) -> dict[str, Any] | None:
     import orbax.checkpoint as ocp
 
     manager = checkpoints.manager
-    manager.wait_until_finished()
+    with _writing(checkpoints):
+        manager.wait_until_finished()
     step = manager.latest_step()
     if step is None:
         return None

@@ -1,6 +1,8 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 import time
 from typing import NamedTuple
 
@@ -167,6 +169,187 @@ def test_a_damaged_checkpoint_says_so(tmp_path):
     checkpoint.close(again)
 
 
+def layers(count):
+    return {f"layer_{i}": {"kernel": jnp.full((2, 3), float(i))} for i in range(count)}
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [(12, 16), (16, 12)])
+@pytest.mark.parametrize("include", [None, "model/*"])
+def test_more_or_fewer_layers_are_an_error(tmp_path, wrote, reads, include):
+    # Orbax itself restores 12 layers into 16 without a word: orbax#2972.
+    saved = opened(tmp_path)
+    checkpoint.save(saved, 1, {"model": layers(wrote)}, {})
+    with pytest.raises(
+        ValueError, match="of another model: .model/layer_12/kernel: saved"
+    ) as caught:
+        checkpoint.restore(saved, {"model": layers(reads)}, include=include)
+    assert ("saved nothing" in str(caught.value)) == (wrote < reads)
+    stacked = {"kernel": jnp.zeros((reads, 2, 3))}
+    checkpoint.save(saved, 2, {"model": {"kernel": jnp.zeros((wrote, 2, 3))}}, {})
+    with pytest.raises(ValueError, match="model/kernel: saved 'float32"):
+        checkpoint.restore(saved, {"model": stacked}, include=include)
+    checkpoint.close(saved)
+
+
+def test_a_part_is_restored_and_the_rest_stays(tmp_path):
+    saved = opened(tmp_path)
+    checkpoint.save(saved, 1, {"state": make_state(1), "best": {"x": jnp.ones(2)}}, {})
+    like = {"state": make_state(5, rows=3), "best": {"x": jnp.zeros(2)}}
+    found = checkpoint.restore(saved, like, include=["state/params/body/*", "state/key"])
+    checkpoint.close(saved)
+    expected = make_state(5)._replace(
+        params={"body": make_state(1).params["body"], "half": make_state(5).params["half"]},
+        key=make_state(1).key,
+    )
+    assert bits(found) == bits({"state": expected, "best": {"x": jnp.zeros(2)}})
+
+
+def test_only_the_part_is_compared_and_read(tmp_path):
+    rng = np.random.default_rng(0)
+    body = {f"w{i}": rng.normal(size=(2**18,)).astype(np.float32) for i in range(12)}
+    saved = opened(tmp_path)
+    checkpoint.save(saved, 1, {"params": {"body": body, "head": np.ones((4, 10))}}, {}, wait=True)
+
+    def read_bytes():
+        return int(pathlib.Path("/proc/self/io").read_text().split()[1])
+
+    before = read_bytes()
+    like = {"body": {"w3": np.zeros(2**18, np.float32)}, "head": np.zeros((4, 3))}
+    found = checkpoint.restore(saved, {"params": like}, include="params/body/w3")
+    assert read_bytes() - before < 3 * 2**20, "one array is 1 MiB, all are 12"
+    np.testing.assert_array_equal(found["params"]["body"]["w3"], body["w3"])
+    np.testing.assert_array_equal(found["params"]["head"], like["head"])
+    checkpoint.close(saved)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(tmp_path):
+    saved = opened(tmp_path)
+    checkpoint.save(saved, 1, {"state": {"params": {"body": jnp.ones(2)}}}, {})
+    like = {"state": {"params": {"body": jnp.zeros(2)}}}
+    with pytest.raises(ValueError, match=r"'state/parms/\*'.*nearest is 'state/params/body'"):
+        checkpoint.restore(saved, like, include=["state/params/*", "state/parms/*"])
+    more = {"state": {"params": {"body": jnp.zeros(2), "head": jnp.zeros(2)}}}
+    with pytest.raises(ValueError, match="state/params/head: saved nothing"):
+        checkpoint.restore(saved, more, include="*head")
+    with pytest.raises(ValueError, match="state/params/body: saved .* now nothing"):
+        checkpoint.restore(saved, {"state": {"params": {}}}, include="*body")
+    checkpoint.close(saved)
+
+
+def test_what_orbax_s_standard_save_wrote_is_read(tmp_path):
+    import orbax.checkpoint as ocp
+
+    saved = opened(tmp_path)
+    entry = {
+        "fingerprint": saved.fingerprint,
+        "arrays": {"s": {"a/b": "float32[3]", "c": "int32[]"}},
+        "record": {"old": True},
+    }
+    tree = ocp.args.StandardSave({"a/b": jnp.arange(3.0), "c": jnp.int32(7)})
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(4, args=ocp.args.Composite(s=tree, record=ocp.args.JsonSave(entry)))
+        manager.wait_until_finished()
+    again = opened(tmp_path)
+    assert checkpoint.latest(again) == {"old": True}
+    like = {"a": {"b": jnp.zeros(3)}, "c": jnp.int32(0)}
+    whole = checkpoint.restore(again, {"s": like})["s"]
+    part = checkpoint.restore(again, {"s": like}, include="s/c")["s"]
+    checkpoint.close(again)
+    assert bits(whole) == bits({"a": {"b": jnp.arange(3.0)}, "c": jnp.int32(7)})
+    assert bits(part) == bits({"a": {"b": jnp.zeros(3)}, "c": jnp.int32(7)})
+
+
+def test_a_full_disk_says_so_and_the_last_checkpoint_stands(tmp_path):
+    code = f"""
+import resource, sys
+import jax.numpy as jnp, numpy as np
+from jtl.train import checkpoint
+
+saved = checkpoint.open_checkpoints({str(tmp_path)!r}, fingerprint={{}}, keep=1)
+x = np.random.default_rng(0).normal(size=2**18).astype(np.float32)
+checkpoint.save(saved, 1, {{"x": x}}, {{"n": 1}}, wait=True)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, most))
+for wait in (True, False):
+    try:
+        checkpoint.save(saved, 2, {{"x": x + 1}}, {{"n": 2}}, wait=wait)
+        checkpoint.latest(saved)
+    except OSError as error:
+        print("refused" if "the last whole one is 1; make room" in str(error) else error)
+    else:
+        print("written")
+    print(checkpoint.latest(saved), np.array_equal(checkpoint.restore(saved, {{"x": x}})["x"], x))
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+checkpoint.save(saved, 3, {{"x": x + 3}}, {{"n": 3}})
+print(checkpoint.latest(saved))
+checkpoint.close(saved)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    stood = ["refused", "{'n': 1} True"]
+    assert done.stdout.splitlines() == [*stood, *stood, "{'n': 3}"], done.stderr[-2000:]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside", pathlib.Path("/proc/nothing")):
+        with pytest.raises(OSError, match="cannot be written in .*; give a folder that can"):
+            opened(folder)
+
+
+MOMENTS = ("tmp", "bytes", "record", "whole")
+KILLED = """
+import os, pathlib, signal, sys, threading, time
+import numpy as np
+import orbax.checkpoint
+from jtl.train import checkpoint
+
+PATTERNS = {
+    "tmp": "2.*tmp*",
+    "bytes": "2.*tmp*/x*/ocdbt*/d/*",
+    "record": "2.*tmp*/record/metadata",
+    "whole": "2/x/_METADATA",
+}
+
+def watch(folder, pattern):
+    while not any(folder.glob(pattern)):
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def save_until_killed(folder, pattern):
+    saved = checkpoint.open_checkpoints(folder, fingerprint={})
+    x = np.random.default_rng(0).normal(size=2**22).astype(np.float32)
+    checkpoint.save(saved, 1, {"x": x + 1}, {"n": 1}, wait=True)
+    threading.Thread(target=watch, args=(folder, pattern), daemon=True).start()
+    checkpoint.save(saved, 2, {"x": x + 2}, {"n": 2})
+    checkpoint.close(saved)
+    time.sleep(20)
+    os._exit(0)
+
+for moment in sys.argv[2:]:
+    child = os.fork()  # nothing has run in jax yet: one import serves all
+    if not child:
+        save_until_killed(pathlib.Path(sys.argv[1]) / moment, PATTERNS[moment])
+    print(moment, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_kill_in_mid_save_leaves_one_whole_checkpoint(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), *MOMENTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [word for m in MOMENTS for word in (m, "-9")], done.stderr[-2000:]
+    x = np.random.default_rng(0).normal(size=2**22).astype(np.float32)
+    stands = {}
+    for moment in MOMENTS:
+        again = checkpoint.open_checkpoints(tmp_path / moment, fingerprint={})
+        stands[moment] = checkpoint.latest(again)["n"]
+        found = checkpoint.restore(again, {"x": x})["x"]
+        np.testing.assert_array_equal(found, x + stands[moment])
+        checkpoint.save(again, 2, {"x": x}, {"n": 9}, wait=True)
+        checkpoint.close(again)
+        gone(tmp_path / moment, "*tmp*")
+    assert stands["tmp"] == 1 and stands["whole"] == 2
+
+
 def test_an_unfinished_save_is_ignored_and_removed(tmp_path):
     saved = opened(tmp_path)
     checkpoint.save(saved, 1, {"x": jnp.ones(2)}, {"step": 1})
@@ -176,11 +359,15 @@ def test_an_unfinished_save_is_ignored_and_removed(tmp_path):
     again = opened(tmp_path)
     assert checkpoint.latest(again) == {"step": 1}
     checkpoint.close(again)
+    gone(tmp_path, half.name)
+
+
+def gone(folder, pattern):
     for _ in range(100):  # Orbax removes it in a thread of its own
-        if not half.exists():
+        if not list(folder.glob(pattern)):
             return
         time.sleep(0.1)
-    pytest.fail(f"{half} is still there")
+    pytest.fail(f"{list(folder.glob(pattern))} are still there")
 
 
 def test_the_record_is_plain_json_on_disk(tmp_path):
