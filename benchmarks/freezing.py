@@ -1,188 +1,291 @@
 """What a training step costs when parts are held, as a multiple of the forward pass.
 
-    python -m benchmarks.freezing            # BERT-base shapes, 8 x 128 tokens, float32
-    python -m benchmarks.freezing --quick    # MiniLM shapes, for a smoke test
+    python -m benchmarks.freezing                             # BERT-base, ViT-B/16, MiniLM
+    python -m benchmarks.freezing --models bert --repeats 10 --json freezing.jsonl
+    python -m benchmarks.freezing --peers eager               # without torch.compile
+    python -m benchmarks.freezing --quick                     # a tiny model, a smoke test
 
-Prints one JSON line for each set of live groups: seconds and FLOPs of the step, both divided by
-those of the forward pass, and beside them PyTorch (transformers, eager, the frozen part in
-evaluation mode under no_grad) where the extra `parity` is installed. Times are the least of
-interleaved repeats.
+BERT-base and MiniLM at 128 tokens, ViT-B/16 at 224 pixels: batches of 8 in float32 on a CPU, larger
+ones in bfloat16 on a GPU (`--dtype`, `--batch`). Each model has a process of its own. One JSON line
+for each figure, then a table:
+
+    forward                 share of the ceiling (a product of large matrices in the same process)
+    head                    step that moves the head, over the forward pass
+    head_all_on             the same with accumulation in 2 parts and a moving average of weights
+    last_block, last_two_blocks, full
+    never_live_bytes        optimizer memory of what no phase moves
+    epoch_2_head            a later epoch of a phase, over the forward pass over its data
+    epoch_2_last_block      the same with the last block open
+    border_stall            the longest wait at a border of phases, over a step of what follows
+
+Every step clips and gives the gradient norm, and keeps the old weights where it is not finite.
+Dropout is what the checkpoints are published with (BERT 0.1, ViT none) and off in what is held, the
+same on both sides; `--dropout` changes it. The peer is PyTorch with transformers, eager and under
+`torch.compile` (extra `parity`), on as many threads. Times are the least of repeats in which all
+calls of both sides are taken in turn. `value` is ours, `peer_value` the faster peer's over its own
+forward pass, `ratio` the second over the first, `faster` the quotient of seconds.
 """
 
 import argparse
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from benchmarks import held_prefix, jtl_steps, measure, shapes, table, torch_steps
 
-from jtl.losses.classification import cross_entropy
-from jtl.models.heads import Linear
-from jtl.models.load import new_backbone
-from jtl.models.model import Model, attach
-from jtl.recipes.optimizers import adamw
-from jtl.train.compile import make_compiled
-from jtl.train.optimizer import phase_optimizer
-from jtl.train.state import create
-from jtl.train.step import make_step
-
-BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
-MINILM = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+MODELS = ("bert", "vit", "minilm")
+AIMS = {"head": 1.05, "head_all_on": 1.05, "last_block": 1.25, "full": 3.4}
+OVER_FLOOR = ("minilm", "tiny")  # too small for the aims: their measure is the share of FLOPs
+EXAMPLES = {"bert": 64, "vit": 64, "minilm": 256, "tiny": 32}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="MiniLM shapes, two repeats")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=sorted(shapes.SHAPES), default=list(MODELS))
+    parser.add_argument("--steps", nargs="+", choices=list(jtl_steps.CASES))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batch", type=int, help="rows of a batch")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the computation")
+    parser.add_argument("--dropout", type=float, help="in what moves, in place of the published")
+    parser.add_argument("--peers", nargs="*", choices=("eager", "compile"))
+    parser.add_argument(
+        "--examples", type=int, help="rows of the data for whole epochs; 0 for none"
+    )
+    parser.add_argument("--json", help="file to which the rows are added")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model, two repeats, no compiler"
+    )
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape, repeats = (MINILM, 2) if options.quick else (BASE, options.repeats)
-    batch = _batch(8, 128)
-    model = _model(shape)
-    blocks = model.backbone.module.blocks
-    top = f"block_{blocks - 1}"
-    sets = {
-        "head": ("head",),
-        "last_block": (top, "head"),
-        "last_two_blocks": (f"block_{blocks - 2}", top, "head"),
-        "full": (*model.groups, "head"),
-    }
-    calls: dict[str, Callable[[], Any]] = {"forward": _forward(model, batch)}
-    flops = {"forward": calls["forward"].flops}  # type: ignore[attr-defined]
-    for name, live in sets.items():
-        calls[name] = _step(model, batch, frozenset(live))
-        flops[name] = calls[name].flops  # type: ignore[attr-defined]
-    seconds = _least(calls, repeats)
-    peer = _torch(shape, batch, {"head": 0, "last_block": 1, "last_two_blocks": 2}, repeats)
-    for name in sets:
-        row = {
-            "benchmark": "freezing",
-            "live": name,
-            "seconds": round(seconds[name], 4),
-            "time_over_forward": round(seconds[name] / seconds["forward"], 3),
-            "flops_over_forward": round(flops[name] / flops["forward"], 3),
-        }
-        if peer:
-            row["torch_seconds"] = round(peer[name], 4)
-            row["torch_time_over_forward"] = round(peer[name] / peer["forward"], 3)
-            row["torch_over_jtl"] = round(peer[name] / seconds[name], 2)
-        print(json.dumps(row), flush=True)
+    if options.cell:
+        for row in cell(**json.loads(options.cell)):
+            measure.emit(row)
+        return
+    if options.quick:
+        options.models, options.repeats = ["tiny"], 2
+        options.steps = ["head", "last_block", "full"]
+    peers = options.peers
+    if peers is None:
+        peers = ["eager"] if options.quick else ["eager", "compile"]
+    rows = []
+    for name in options.models:
+        given = dict(name=name, repeats=options.repeats, batch=options.batch, dtype=options.dtype)
+        given |= dict(dropout=options.dropout, peers=peers, examples=options.examples)
+        given |= dict(steps=options.steps or list(jtl_steps.CASES))
+        for row in _of_model(given, apart=not options.quick):
+            measure.emit(row, options.json)
+            rows.append(row)
+    show(rows)
 
 
-def _batch(rows: int, length: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        "input_ids": rng.integers(1000, 30000, (rows, length)).astype(np.int32),
-        "attention_mask": np.ones((rows, length), np.int32),
-        "label": rng.integers(0, 2, rows).astype(np.int32),
-        "mask": np.ones(rows, bool),
-    }
-
-
-def _model(shape: dict[str, int]) -> Model:
-    backbone = new_backbone("bert", dict(shape), key=jax.random.key(0), pooling="mean")
-    return attach(backbone, {"head": Linear(2, dropout=0.1)}, key=jax.random.key(1))
-
-
-def _forward(model: Model, batch: dict[str, Any]) -> Callable[[], Any]:
-    arrays = jax.tree.map(jnp.asarray, batch)
-
-    def forward(params: Any, inputs: Any) -> jax.Array:
-        return model.apply(params, model.stats, inputs)[0]["head"]
-
-    compiled = jax.jit(forward).lower(model.params, arrays).compile()
-
-    def call() -> Any:
-        return jax.block_until_ready(compiled(model.params, arrays))
-
-    call.flops = compiled.cost_analysis()["flops"]  # type: ignore[attr-defined]
-    return call
-
-
-def _step(model: Model, batch: dict[str, Any], live: frozenset[str]) -> Callable[[], Any]:
-    def loss(c: Any) -> Any:
-        return cross_entropy(c.out["head"], c.batch["label"], mask=c.batch["mask"])
-
-    labels = model.labels
-    txs = {label: adamw() for label in live}
-    tx = phase_optimizer(txs, labels, live, live)
-    rates = dict.fromkeys(live, 1e-5)
-    step = make_compiled(make_step(model.apply, {"task": loss}, tx, labels, rates, clip=1.0))
-    arrays = jax.tree.map(jnp.asarray, batch)
-    start = jnp.int32(0)
-    held = [create(model.params, model.stats, tx, key=jax.random.key(0))]
-    compiled = step.compile(held[0], arrays, start)
-
-    def call() -> Any:
-        held[0], metrics = compiled.call(held[0], arrays, start)
-        return jax.block_until_ready(metrics)
-
-    call.flops = compiled.flops  # type: ignore[attr-defined]
-    return call
-
-
-def _least(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    for call in calls.values():
-        call()
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - began)
-    return best
-
-
-def _torch(
-    shape: dict[str, int], batch: dict[str, Any], open_blocks: dict[str, int], repeats: int
-) -> dict[str, float]:
+def _of_model(given: dict[str, Any], *, apart: bool) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a model from a process of its own; once more without peers if that dies."""
+    measure.say(f"== {given['name']}")
+    if not apart:
+        yield from map(measure.clean, cell(**given))
+        return
     try:
-        import torch
-        from transformers import BertConfig, BertModel
-    except ImportError:
-        return {}
-    ids, mask = torch.tensor(batch["input_ids"]).long(), torch.tensor(batch["attention_mask"])
-    labels = torch.tensor(batch["label"]).long()
-    body = BertModel(BertConfig(**shape), add_pooling_layer=False)
-    head = torch.nn.Linear(shape["hidden_size"], 2)
+        yield from measure.spawn("benchmarks.freezing", given)
+    except RuntimeError as error:
+        if not given["peers"]:
+            raise
+        measure.say(f"{error}; once more without the peers")
+        reason = {"process": "the process with the peers died"}
+        for row in measure.spawn("benchmarks.freezing", {**given, "peers": []}):
+            yield {**row, "peers_failed": reason}
 
-    def pooled() -> Any:
-        hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
-        return hidden.mean(1)
 
-    def forward() -> None:
-        body.eval()
-        with torch.no_grad():
-            head(pooled())
+def cell(
+    name: str,
+    *,
+    steps: list[str],
+    repeats: int,
+    batch: int | None,
+    dtype: str | None,
+    dropout: float | None,
+    peers: list[str],
+    examples: int | None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one model, in this process."""
+    import jax
 
-    def step(blocks: int | None) -> Callable[[], None]:
-        def call() -> None:
-            body.train(blocks is None)
-            for p in body.parameters():
-                p.requires_grad_(blocks is None)
-            for layer in list(body.encoder.layer)[len(body.encoder.layer) - (blocks or 0) :]:
-                layer.train()
-                for p in layer.parameters():
-                    p.requires_grad_(True)
-            live = [p for p in (*body.parameters(), *head.parameters()) if p.requires_grad]
-            tx = optimizers.setdefault(blocks, torch.optim.AdamW(live, lr=1e-5))
-            tx.zero_grad()
-            if blocks == 0:
-                with torch.no_grad():
-                    features = pooled()
-            else:
-                features = pooled()
-            torch.nn.functional.cross_entropy(head(features), labels).backward()
-            torch.nn.utils.clip_grad_norm_(live, 1.0)
-            tx.step()
+    shape, backend = shapes.SHAPES[name], jax.default_backend()
+    dtype = dtype or ("bfloat16" if backend == "gpu" else "float32")
+    rows = batch or shape.rows["gpu" if backend == "gpu" else "cpu"]
+    about = dict(benchmark="freezing", model=name, dtype=dtype, batch=rows, backend=backend)
+    about |= dict(dropout=shape.dropout if dropout is None else dropout)
+    model = shapes.make_model(shape, dropout=dropout, dtype=dtype)
+    given = shapes.make_batch(shape, rows)
+    cases = {case: jtl_steps.CASES[case] for case in steps}
+    measure.say("compiling the steps")
+    ours = {case: jtl_steps.make(model, given, how) for case, how in cases.items()}
+    calls = {"forward": jtl_steps.forward(model, given)}
+    calls |= {case: made.timed for case, made in ours.items()}
+    options = dict(dropout=dropout, dtype=dtype, compiled="compile" in peers, cases=cases)
+    theirs = torch_steps.make_peers(shape, given, **options) if peers else {}
+    calls |= {
+        f"{p}/{case}": timed for p, peer in theirs.items() for case, timed in peer.calls.items()
+    }
+    calls |= _ceilings(256 if name == "tiny" else 2048 if backend == "cpu" else 8192, dtype, peers)
+    seconds = measure.least(calls, repeats)
+    flops = {case: timed.flops for case, timed in calls.items()}
+    failed = {p: peer.failed for p, peer in theirs.items() if peer.failed}
+    for row in step_rows(name, seconds, flops):
+        yield about | row | {"peers_failed": failed}
+    yield about | memory_row(ours[steps[0]])
+    del ours, theirs, calls
+    count = EXAMPLES[name] if examples is None else examples
+    if count:
+        phases = [case for case in held_prefix.PHASES if case in steps]
+        phases = phases[:2] if name == "tiny" else phases
+        for row in _run_rows(model, shape, count, rows, phases, seconds):
+            yield about | (row | {"aim": None, "met": None} if name == "tiny" else row)
 
-        return call
 
-    optimizers: dict[int | None, Any] = {}
-    calls = {name: step(blocks) for name, blocks in open_blocks.items()}
-    return _least({"forward": forward, **calls, "full": step(None)}, repeats)
+def _ceilings(size: int, dtype: str, peers: list[str]) -> dict[str, measure.Timed]:
+    theirs = torch_steps.matmul(size, dtype) if peers else None
+    ceilings = {"matmul": measure.jax_matmul(size, dtype)}
+    return ceilings | ({} if theirs is None else {"torch/matmul": theirs})
+
+
+def step_rows(
+    name: str, seconds: Mapping[str, float], flops: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of the forward pass and of each step.
+
+    Args:
+        name: of the model.
+        seconds: {"forward", "matmul", case, "PEER/forward", "PEER/case"}.
+        flops: of the same, NaN where nobody counts them.
+    """
+    ceiling = flops["matmul"] / seconds["matmul"]
+    forward = seconds["forward"]
+
+    def rate(case: str) -> dict[str, float]:
+        speed = flops[case] / seconds[case]
+        return {"gflops": speed / 1e9, "matmul_share": speed / ceiling}
+
+    torch = seconds.get("torch/matmul")
+    torch_ceiling = None if torch is None else flops["torch/matmul"] / torch / 1e9
+    top = {"matmul_gflops": ceiling / 1e9, "torch_matmul_gflops": torch_ceiling}
+    found = _peers("forward", seconds, forward)
+    yield {"figure": "forward", "value": 1.0, "seconds": forward, **rate("forward"), **top, **found}
+    for case in (case for case in jtl_steps.CASES if case in seconds):
+        value, counted = seconds[case] / forward, flops[case] / flops["forward"]
+        aim = None if name in OVER_FLOOR else AIMS.get(case)
+        row = {"figure": case, "value": value, **table.judged(value, aim), "seconds": seconds[case]}
+        if jtl_steps.CASES[case].accumulate == 1:  # XLA counts the body of a loop once
+            row |= {"flops_over_forward": counted, "over_floor": value / counted, **rate(case)}
+        if case == "full":
+            spent = seconds[case] - forward
+            row["backward_share"] = (flops[case] - flops["forward"]) / spent / ceiling
+        yield row | _peers(case, seconds, seconds[case])
+
+
+def _peers(case: str, seconds: Mapping[str, float], own: float) -> dict[str, Any]:
+    """Return what the peers take for a case, and the faster one beside our figure."""
+    names = [key.removesuffix(f"/{case}") for key in seconds if key.endswith(f"/{case}")]
+    peers = {
+        peer: {
+            "seconds": seconds[f"{peer}/{case}"],
+            "value": seconds[f"{peer}/{case}"] / seconds.get(f"{peer}/forward", float("nan")),
+        }
+        for peer in names
+    }
+    if not peers:
+        return {"peer": None, "peers": {}}
+    best = min(peers, key=lambda peer: peers[peer]["seconds"])
+    value = peers[best]["value"]
+    ratio = value / (own / seconds["forward"])
+    faster = peers[best]["seconds"] / own
+    return {"peer": best, "peer_value": value, "ratio": ratio, "faster": faster, "peers": peers}
+
+
+def memory_row(head: jtl_steps.Made) -> dict[str, Any]:
+    """Return the row of optimizer memory for what never moves; PyTorch's AdamW has none either."""
+    value = head.never_live_bytes
+    row = {"figure": "never_live_bytes", "value": value, **table.judged(value, 0)}
+    return row | {"optimizer_bytes_head": head.optimizer_bytes, "peer": None, "peers": {}}
+
+
+def _run_rows(
+    model: Any,
+    shape: shapes.Shape,
+    examples: int,
+    batch: int,
+    phases: list[str],
+    seconds: Mapping[str, float],
+) -> Iterator[dict[str, Any]]:
+    measure.say(f"a run over {examples} rows")
+    times = held_prefix.phase_times(model, shape, examples, batch, phases)
+    forward = held_prefix.forward_seconds(model, shape, examples, batch)
+    blocks = model.backbone.module.blocks
+    yield from run_rows(times, forward, blocks, seconds)
+
+
+def run_rows(
+    times: Mapping[str, held_prefix.PhaseTime],
+    forward: float,
+    blocks: int,
+    seconds: Mapping[str, float],
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of later epochs and of the borders.
+
+    Args:
+        times: of each phase of a run.
+        forward: seconds of a forward pass over the same data.
+        blocks: of the model.
+        seconds: of single steps; a peer runs its prefix in every epoch, so its later epochs take
+            its step over its forward pass.
+    """
+    # Forward and backward of one block are three times its share of the forward pass.
+    aims = {"head": 0.05, "last_block": 3 / blocks}
+    for case, aim in ((case, aim) for case, aim in aims.items() if case in times):
+        later = times[case].epochs[1:]
+        value = min(later) / forward
+        row = {"figure": f"epoch_2_{case}", "value": value, **table.judged(value, aim)}
+        row |= {"seconds": min(later), "first_epoch_seconds": times[case].epochs[0]}
+        row |= {"forward_over_data_seconds": forward}
+        peers = _peers(case, seconds, seconds[case])
+        if peers["peer"]:
+            peers |= {"ratio": peers["peer_value"] / value, "faster": None}
+        yield row | peers
+    stalls = {
+        name: time.border / time.step for name, time in times.items() if time.border is not None
+    }
+    if not stalls:
+        return
+    value = max(stalls.values())
+    row = {"figure": "border_stall", "value": value, **table.judged(value, 1.0), "stalls": stalls}
+    row["border_seconds"] = {name: time.border for name, time in times.items()}
+    row["compile_wait_seconds"] = {name: time.waited for name, time in times.items()}
+    row["step_seconds"] = {name: time.step for name, time in times.items()}
+    yield row | {"peer": None, "peers": {}}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table of all rows."""
+    headers = ("model", "figure", "jtl", "eager", "compiled", "aim", "FLOPs", "of matmul", "faster")
+    body = []
+    for row in rows:
+        peers = [row["peers"].get(p, {}).get("value") for p in ("torch_eager", "torch_compile")]
+        share = row.get("matmul_share")
+        body.append(
+            (
+                *(row["model"], row["figure"], table.figure(row["value"])),
+                *(table.figure(value) for value in peers),
+                *(table.aimed(row), table.figure(row.get("flops_over_forward"))),
+                "" if share is None else f"{share:.0%}",
+                table.figure(row.get("faster"), "x"),
+            )
+        )
+    title = "Step over forward pass; `faster` is the seconds of the faster peer over ours"
+    table.show(title, headers, body, left=2)
+    for row in rows:
+        if row["figure"] == "forward" and row.get("peers_failed"):
+            measure.say(f"{row['model']}: peers that did not run: {row['peers_failed']}")
 
 
 if __name__ == "__main__":

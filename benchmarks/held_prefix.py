@@ -1,0 +1,121 @@
+"""The parts of `benchmarks.freezing` that only a whole run shows: later epochs, and the borders.
+
+One run with a phase for the head, for the last block, for the last two and for everything; its
+events are timed as they arrive. Data are random rows of a model's shape, in memory.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.jtl_steps import CASES, live_labels
+from benchmarks.measure import say
+from benchmarks.shapes import Shape, columns
+from jtl.data import Dataset, Source, batches
+from jtl.models.model import Model
+from jtl.recipes import optimizers, tasks, training
+from jtl.train.plan import Phase
+
+PHASES = ("head", "last_block", "last_two_blocks", "full")
+EPOCHS = 3
+
+
+class PhaseTime(NamedTuple):
+    """What a phase of the run took.
+
+    Attributes:
+        epochs: seconds of each epoch, from one evaluation to the next.
+        step: median seconds of a step.
+        border: seconds from the end of the phase before to its own first step, without that step;
+            None for the first phase.
+        waited: of these, seconds in which the run waited for a compilation; None where the run does
+            not say.
+    """
+
+    epochs: list[float]
+    step: float
+    border: float | None
+    waited: float | None
+
+
+def phase_times(
+    model: Model, shape: Shape, rows: int, batch: int, names: Sequence[str] = PHASES
+) -> dict[str, PhaseTime]:
+    """Train on `rows` random rows by these phases, and return what each took."""
+    data = {part: _dataset(shape, size) for part, size in (("train", rows), ("validation", batch))}
+    source = Source({"label": data["train"].labels}, ("a", "b"), "random rows")
+    task = tasks.classification(source, dropout=0.0)
+    plan = [_phase(model, name) for name in names]
+    job = training.Job(model, "head", task, data, plan, 0)
+    engine = training.make_engine(job, training.Settings(optimizers.adamw(), batch_size=batch))
+    return _times(engine.events)
+
+
+def _phase(model: Model, name: str) -> Phase:
+    rates = dict.fromkeys(live_labels(model, CASES[name]), 1e-5)
+    return Phase(name, rates, steps=3) if name == "full" else Phase(name, rates, epochs=EPOCHS)
+
+
+def forward_seconds(model: Model, shape: Shape, rows: int, batch: int, passes: int = 2) -> float:
+    """Return the seconds of a forward pass over the same rows, the least of `passes`."""
+    dataset = _dataset(shape, rows)
+    run = jax.jit(lambda params, inputs: model.apply(params, model.stats, inputs)[0]["head"])
+
+    def one() -> float:
+        began = time.perf_counter()
+        for given in batches(dataset, batch, shuffle=False, stop=rows // batch):
+            out = run(model.params, {name: jnp.asarray(value) for name, value in given.items()})
+        jax.block_until_ready(out)
+        return time.perf_counter() - began
+
+    one()
+    return min(one() for _ in range(passes))
+
+
+def _dataset(shape: Shape, rows: int) -> Dataset:
+    labels = (np.arange(rows) % 2).astype(np.int32)
+    length = 0 if shape.family == "vit" else shape.length
+    bucket = np.zeros(rows, np.int32)
+    return Dataset((columns(shape, rows),), bucket, labels, ("a", "b"), (length,), name="random")
+
+
+def _times(events: Iterable[Any]) -> dict[str, PhaseTime]:
+    """Return the times of each phase from the events of a run."""
+    seen = [(event, time.perf_counter()) for event in _told(events)]
+    found: dict[str, PhaseTime] = {}
+    ended: float | None = None
+    for name, group in itertools.groupby(seen, key=lambda pair: pair[0].phase):
+        own = list(group)
+        found[name] = _phase_time(own, ended)
+        ended = own[-1][1]
+    return found
+
+
+def _told(events: Iterable[Any]) -> Iterable[Any]:
+    for event in events:
+        if event.kind == "phase_start":
+            say(f"a run: phase {event.phase}, {event.metrics['steps']} steps")
+        # Nothing of the event's state may be kept: the next step takes its arrays.
+        yield event._replace(state=None)
+
+
+def _phase_time(own: list[tuple[Any, float]], ended: float | None) -> PhaseTime:
+    marks = [at for event, at in own if event.kind == "evaluation"]
+    steps = [at for event, at in own if event.kind == "step"]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    step = statistics.median(gaps) if gaps else float("nan")
+    known: dict[str, Any] = {}
+    for event, _ in own:
+        if event.kind in ("phase_start", "phase_end"):
+            known |= {k: v for k, v in event.metrics.items() if v is not None}
+    epochs = [b - a for a, b in itertools.pairwise(marks)]
+    border = None if ended is None else max(0.0, steps[0] - ended - step)
+    if ended is not None and "border_seconds" in known:
+        border = float(known["border_seconds"])
+    return PhaseTime(epochs, step, border, known.get("compile_wait_seconds"))
