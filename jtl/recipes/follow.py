@@ -9,6 +9,7 @@ from jtl.models.backbone import UNUSED
 from jtl.recipes.training import Engine, Job
 from jtl.report import console, record
 from jtl.train import checkpoint, plan, schedules
+from jtl.train.run import Event
 
 
 class Ended(NamedTuple):
@@ -23,7 +24,7 @@ class Ended(NamedTuple):
 def follow(place: record.Run, job: Job, engine: Engine) -> Ended:
     """Run to the end: every event goes to `metrics.jsonl` and to the console."""
     planned = [
-        {"name": p.name, "live": sorted(p.live), "steps": plan.length(p, engine.steps_per_epoch)}
+        {"name": p.name, "live": sorted(p.live), "steps": plan.length(p, *engine.epoch)}
         for p in job.plan
     ]
     there = None if engine.checkpoints is None else checkpoint.latest(engine.checkpoints)
@@ -35,10 +36,19 @@ def follow(place: record.Run, job: Job, engine: Engine) -> Ended:
         stack.enter_context(contextlib.closing(engine.events))  # an error below saves the state
         options = {"metric": job.task.metric, "order": job.model.groups}
         show = stack.enter_context(console.progress(planned, **options))
+        waiting: list[Event] = []
+
+        def write(keep: int) -> None:
+            while len(waiting) > keep:
+                seen = waiting.pop(0)
+                row = {**seen.metrics, "kind": seen.kind, "step": seen.step, "phase": seen.phase}
+                record.append(place, row)
+                show(row)
+
+        stack.callback(write, 0)  # whatever ends the run
         for event in engine.events:
-            row = {**event.metrics, "kind": event.kind, "step": event.step, "phase": event.phase}
-            record.append(place, row)
-            show(row)
+            waiting.append(event)
+            write(1 if event.kind == "step" else 0)  # a step is read once the next one is started
     assert event is not None
     rows = [{"held_bit_equal": True, "skipped": False, **row} for row in event.progress.history]
     return Ended(event.state.params, event.state.stats, rows, sum(row["seconds"] for row in rows))

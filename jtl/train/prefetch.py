@@ -1,4 +1,4 @@
-"""Batches on the device before they are needed: the next ones are on their way while a step runs."""
+"""Batches on the device before they are needed: the next is on its way while a step runs."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator

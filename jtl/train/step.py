@@ -69,8 +69,9 @@ def make_step(
         axis_name: axis of a `pmap` or `shard_map` around the step; None for one program.
 
     Raises:
-        ValueError: no terms, no rates, a rate for a label that no leaf bears, a bad `clip` or
-            `accumulate` or `ema`; when traced: rows that do not divide, statistics of another structure.
+        ValueError: no terms, no rates, a rate for a label that no leaf bears, a bad `clip`,
+            `accumulate` or `ema`; when traced: rows that do not divide, statistics of another
+            structure.
     """
     _check(terms, labels, rates, clip, accumulate, ema)
     live = frozenset(rates)

@@ -91,7 +91,7 @@ def test_errors():
 
 
 def test_parameters_may_be_anywhere():
-    from jtl.train.parallel import make_mesh, replicate
+    from jtl.train.mesh import make_mesh, replicate
 
     predict = make_predict(double, heads=("a",))
     placed = replicate(PARAMS, make_mesh())
