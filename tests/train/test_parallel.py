@@ -1,12 +1,12 @@
 import jax
 import jax.numpy as jnp
 import network
+import normed
 import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jtl.models.norms import BatchNorm
 from jtl.train.compile import compile_step, make_compiled
 from jtl.train.mesh import make_mesh, replicate, shard_batch
 from jtl.train.optimizer import phase_optimizer
@@ -14,103 +14,30 @@ from jtl.train.pmap import pmap_step
 from jtl.train.state import create
 from jtl.train.step import make_step
 
-START = jnp.int32(0)
-DIM = 4
-LABELS = {
-    "low": {"kernel": "low"},
-    "norm": {"scale": "norm", "bias": "norm"},
-    "held": {"scale": "held", "bias": "held"},
-    "head": {"kernel": "head"},
-}
-LIVE = frozenset({"low", "norm", "head"})
-
-
-def unequal_mask():
-    """Rows of 8 devices: 3, 0, 1, 2, ... of the 4 of each are real."""
-    real = np.zeros((8, 4), bool)
-    for device, count in enumerate((3, 0, 1, 2, 4, 4, 1, 3)):
-        real[device, :count] = True
-    return real.reshape(-1)
-
-
-def make_apply(axis_name=None):
-    def normalise(name, params, stats, hidden, batch, live):
-        own = {"params": params[name], "batch_stats": stats[name]}
-        hidden, moved = BatchNorm(axis_name=axis_name).apply(
-            own, hidden, jnp.asarray(batch["mask"]), name in live, mutable=["batch_stats"]
-        )
-        return hidden, moved["batch_stats"]
-
-    def apply(params, stats, batch, *, key, live):
-        hidden, held = normalise("held", params, stats, jnp.asarray(batch["x"]), batch, live)
-        hidden = hidden @ params["low"]["kernel"]
-        hidden, norm = normalise("norm", params, stats, hidden, batch, live)
-        return {"head": jnp.tanh(hidden) @ params["head"]["kernel"]}, {"norm": norm, "held": held}
-
-    return apply
-
-
-def ready(axis_name=None, *, terms=None):
-    rng = np.random.default_rng(0)
-    params = {
-        "low": {"kernel": jnp.asarray(rng.normal(size=(DIM, DIM)), jnp.float32)},
-        "norm": {"scale": jnp.full(DIM, 1.5), "bias": jnp.full(DIM, 0.1)},
-        "held": {"scale": jnp.full(DIM, 0.7), "bias": jnp.full(DIM, 0.3)},
-        "head": {"kernel": jnp.asarray(rng.normal(size=(DIM, network.CLASSES)), jnp.float32)},
-    }
-    one = {"mean": jnp.full(DIM, 0.1), "var": jnp.full(DIM, 1 / 3)}
-    tx = phase_optimizer(dict.fromkeys(LIVE, optax.sgd(1.0)), LABELS, LIVE, LIVE)
-    step = make_step(
-        make_apply(axis_name),
-        terms or {"task": network.cross_entropy, "pull": pull},
-        tx,
-        LABELS,
-        dict.fromkeys(LIVE, 0.1),
-        clip=0.3,
-        axis_name=axis_name,
-    )
-    return create(params, {"norm": one, "held": one}, tx, key=jax.random.key(0)), step
-
-
-def pull(c):
-    return 0.5 * sum(jnp.sum(x**2) for x in jax.tree.leaves(c.params)), jnp.float32(1.0)
-
-
-def trained(state, call, batches):
-    metrics = []
-    for batch in batches:
-        state, values = call(state, batch, START)
-        metrics.append(jax.tree.map(float, values))
-    return state, metrics
-
-
-def batches():
-    return [
-        network.batch(32, seed=s, dim=DIM, real=np.roll(unequal_mask(), 8 * s)) for s in range(3)
-    ]
+START = normed.START
 
 
 def test_pmap_on_eight_devices_is_one_device():
-    state, step = ready()
-    alone, one = trained(state, make_compiled(step), batches())
-    state, step = ready("data")
-    together, eight = trained(state, pmap_step(step, axis_name="data"), batches())
+    state, step = normed.ready()
+    alone, one = normed.trained(state, make_compiled(step), normed.batches())
+    state, step = normed.ready("data")
+    together, eight = normed.trained(state, pmap_step(step, axis_name="data"), normed.batches())
     network.close(one, eight, 1e-5)
     network.close(alone.params, together.params, 1e-5)
     network.close(alone.stats, together.stats, 1e-5)
     assert [row["examples"] for row in eight] == [18.0, 18.0, 18.0]
-    start, _ = ready()
+    start, _ = normed.ready()
     assert np.all(np.asarray(start.stats["norm"]["mean"] != together.stats["norm"]["mean"]))
     np.testing.assert_array_equal(start.stats["held"]["var"], together.stats["held"]["var"])
 
 
 def test_jit_over_a_mesh_is_one_device():
-    state, step = ready()
-    alone, one = trained(state, make_compiled(step), batches())
+    state, step = normed.ready()
+    alone, one = normed.trained(state, make_compiled(step), normed.batches())
     mesh = make_mesh()
-    state, step = ready()
-    rows = [shard_batch(batch, mesh) for batch in batches()]
-    together, eight = trained(replicate(state, mesh), make_compiled(step), rows)
+    state, step = normed.ready()
+    rows = [shard_batch(batch, mesh) for batch in normed.batches()]
+    together, eight = normed.trained(replicate(state, mesh), make_compiled(step), rows)
     network.close(one, eight, 1e-5)
     network.close(alone.params, together.params, 1e-5)
     network.close(alone.stats, together.stats, 1e-5)
@@ -125,8 +52,8 @@ def test_parameters_split_over_the_mesh_are_one_device(accumulate):
     rates, terms = dict.fromkeys(network.ALL, 0.1), {"task": network.cross_entropy}
     step = make_step(network.make_apply(), terms, tx, labels, rates, clip=1.0)
     state = create(params, {}, tx, key=jax.random.key(0))
-    rows = [network.batch(32, real=unequal_mask(), seed=seed) for seed in range(2)]
-    alone, one = trained(jax.tree.map(jnp.copy, state), make_compiled(step), rows)
+    rows = [network.batch(32, real=normed.unequal_mask(), seed=seed) for seed in range(2)]
+    alone, one = normed.trained(jax.tree.map(jnp.copy, state), make_compiled(step), rows)
     mesh = make_mesh()
 
     def split(leaf):
@@ -139,7 +66,7 @@ def test_parameters_split_over_the_mesh_are_one_device(accumulate):
         network.make_apply(), terms, tx, labels, rates, clip=1.0, accumulate=accumulate
     )
     rows = [shard_batch(batch, mesh) for batch in rows]
-    together, eight = trained(state, make_compiled(step), rows)
+    together, eight = normed.trained(state, make_compiled(step), rows)
     network.close(one, eight, 1e-5)
     network.close(alone.params["body"], together.params["body"], 1e-5)
     assert jax.tree.map(lambda x: x.sharding, together) == where
@@ -165,8 +92,8 @@ def test_pmap_with_microbatches_is_one_device():
         )
         call = pmap_step(step, axis_name="data") if axis_name else make_compiled(step)
         state = create(params, {}, tx, key=jax.random.key(0))
-        batch = network.batch(32, real=unequal_mask())
-        results.append(trained(state, call, [batch]))
+        batch = network.batch(32, real=normed.unequal_mask())
+        results.append(normed.trained(state, call, [batch]))
     for state, metrics in results[1:]:
         network.close(metrics, results[0][1], 1e-5)
         network.close(state.params["head"], results[0][0].params["head"], 1e-5)
@@ -206,8 +133,8 @@ def test_each_device_has_noise_of_its_own():
     def noise(c):
         return jax.random.normal(c.key), jnp.float32(1.0)
 
-    state, step = ready("data", terms={"task": network.cross_entropy, "noise": noise})
-    _, metrics = pmap_step(step, axis_name="data")(state, batches()[0], START)
+    state, step = normed.ready("data", terms={"task": network.cross_entropy, "noise": noise})
+    _, metrics = pmap_step(step, axis_name="data")(state, normed.batches()[0], START)
     key = jax.random.fold_in(jax.random.key(0), 0)
     keys = [jax.random.split(jax.random.fold_in(key, device), 3)[2] for device in range(8)]
     expected = np.mean([float(jax.random.normal(own)) for own in keys])
@@ -215,11 +142,11 @@ def test_each_device_has_noise_of_its_own():
 
 
 def test_pmap_compiles_once_and_keeps_no_leading_axis():
-    state, step = ready("data")
+    state, step = normed.ready("data")
     shapes = jax.tree.map(jnp.shape, state)
     run = pmap_step(step, axis_name="data")
-    new, metrics = run(state, batches()[0], 0)
-    new, metrics = run(new, batches()[1], 0)
+    new, metrics = run(state, normed.batches()[0], 0)
+    new, metrics = run(new, normed.batches()[1], 0)
     assert len(run.compiled) == 1
     assert jax.tree.map(jnp.shape, new) == shapes
     assert jnp.shape(metrics["loss"]) == ()
@@ -227,9 +154,9 @@ def test_pmap_compiles_once_and_keeps_no_leading_axis():
 
 
 def test_a_loss_that_is_not_finite_on_one_device_is_refused_on_all():
-    state, step = ready("data")
+    state, step = normed.ready("data")
     before = jax.tree.map(np.asarray, state.params)
-    bad = batches()[0]
+    bad = normed.batches()[0]
     bad["x"][0, 0] = np.nan
     new, metrics = pmap_step(step, axis_name="data")(state, bad, START)
     assert not bool(metrics["finite"])
@@ -239,43 +166,45 @@ def test_a_loss_that_is_not_finite_on_one_device_is_refused_on_all():
 
 
 def test_statistics_that_differ_by_device_are_an_error():
-    tx = phase_optimizer(dict.fromkeys(LIVE, optax.sgd(1.0)), LABELS, LIVE, LIVE)
+    tx = phase_optimizer(
+        dict.fromkeys(normed.LIVE, optax.sgd(1.0)), normed.LABELS, normed.LIVE, normed.LIVE
+    )
     step = make_step(
-        make_apply(),
+        normed.make_apply(),
         {"task": network.cross_entropy},
         tx,
-        LABELS,
-        dict.fromkeys(LIVE, 0.1),
+        normed.LABELS,
+        dict.fromkeys(normed.LIVE, 0.1),
         axis_name="data",
     )
-    state, _ = ready()
+    state, _ = normed.ready()
     with pytest.raises(ValueError, match=r"statistics differ .*norm/mean.*axis_name='data'"):
-        pmap_step(step, axis_name="data")(state, network.batch(32, dim=DIM), START)
+        pmap_step(step, axis_name="data")(state, network.batch(32, dim=normed.DIM), START)
 
 
 def test_rows_that_do_not_divide_are_an_error():
-    state, step = ready("data")
+    state, step = normed.ready("data")
     with pytest.raises(ValueError, match="for 8 devices.*a multiple of 8"):
-        pmap_step(step, axis_name="data")(state, network.batch(12, dim=DIM), START)
+        pmap_step(step, axis_name="data")(state, network.batch(12, dim=normed.DIM), START)
     with pytest.raises(ValueError, match="for 8 devices.*a multiple of 8"):
-        shard_batch(network.batch(12, dim=DIM), make_mesh())
+        shard_batch(network.batch(12, dim=normed.DIM), make_mesh())
 
 
 def test_fewer_devices():
-    state, step = ready("data")
+    state, step = normed.ready("data")
     devices = jax.devices()[:2]
-    new, _ = pmap_step(step, axis_name="data", devices=devices)(state, batches()[0], START)
+    new, _ = pmap_step(step, axis_name="data", devices=devices)(state, normed.batches()[0], START)
     assert new.step.sharding.device_set == set(devices)
     mesh = make_mesh(devices)
-    assert shard_batch(batches()[0], mesh)["x"].sharding.device_set == set(devices)
+    assert shard_batch(normed.batches()[0], mesh)["x"].sharding.device_set == set(devices)
 
 
 def test_replicas_share_no_buffer_with_the_caller():
-    state, step = ready()
+    state, step = normed.ready()
     mesh = make_mesh()
     copy = replicate(state, mesh)
-    run = compile_step(step, copy, shard_batch(batches()[0], mesh), START)
-    run.call(copy, shard_batch(batches()[0], mesh), START)
+    run = compile_step(step, copy, shard_batch(normed.batches()[0], mesh), START)
+    run.call(copy, shard_batch(normed.batches()[0], mesh), START)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
