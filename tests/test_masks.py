@@ -223,6 +223,76 @@ def test_long_lists_in_messages_are_cut():
         masks.label([0] * 20, [])
 
 
+def dense(*more):
+    return dict.fromkeys(("bias", "kernel", *more), 0)
+
+
+def encoder():
+    """Return a tree with the names of a BERT of twelve layers."""
+    norm = {"bias": 0, "scale": 0}
+    layer = {
+        "attention": {"output": {"LayerNorm": norm, "dense": dense()}},
+        "output": {"LayerNorm": norm, "dense": dense()},
+    }
+    layers = {str(depth): layer for depth in range(12)}
+    embeddings = {"LayerNorm": norm, "word_embeddings": {"embedding": 0}}
+    return {"embeddings": embeddings, "encoder": {"layer": layers}, "head": dense()}
+
+
+# What users ask for, each as its rules: all leaves that it names, and no other.
+WISHES = {
+    "bias only": ([(".*/bias", "live"), (".*", "held")], lambda n: n.endswith("bias"), 50),
+    "norms only": ([(".*/LayerNorm/.*", "live"), (".*", "held")], lambda n: "LayerNorm" in n, 50),
+    "norms and head": (
+        [(".*/LayerNorm/.*|head/.*", "live"), (".*", "held")],
+        lambda n: "LayerNorm" in n or n.startswith("head"),
+        52,
+    ),
+    "last two layers": (
+        [(r"encoder/layer/1[01]/.*", "live"), (".*", "held")],
+        lambda n: n.split("/")[2:3] in (["10"], ["11"]),
+        16,
+    ),
+    "all but norms": (
+        [("(?!.*LayerNorm).*", "live"), (".*", "held")],
+        lambda n: "LayerNorm" not in n,
+        51,
+    ),
+    "kernels of attention": (
+        [(".*/attention/.*/kernel", "live"), (".*", "held")],
+        lambda n: "attention" in n and n.endswith("kernel"),
+        12,
+    ),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["dict", "FrozenDict"])
+@pytest.mark.parametrize("wish", WISHES)
+def test_what_users_ask_for_is_a_rule(wish, frozen):
+    rules, meant, leaves = WISHES[wish]
+    tree = FrozenDict(encoder()) if frozen else encoder()
+    labels = masks.label(tree, rules)
+    assert type(labels) is type(tree)
+    pairs = zip(masks.names(tree), jax.tree.leaves(labels), strict=True)
+    live = {name for name, label in pairs if label == "live"}
+    assert live == {name for name in masks.names(tree) if meant(name)}
+    assert len(live) == leaves
+
+
+def test_labels_by_shape_are_a_plain_map():
+    params = linen()
+    labels = jax.tree.map(lambda p: "matrix" if p.ndim > 1 else "vector", params)
+    assert masks.count(params, labels) == {"vector": Count(2, 3), "matrix": Count(2, 8)}
+
+
+def test_labels_by_depth():
+    # A name's groups are at hand: one label for each layer.
+    depth = [(rf"encoder/layer/{i}/.*", f"layer_{i}") for i in range(12)]
+    labels = masks.label(encoder(), [("embeddings/.*", "stem"), *depth, ("head/.*", "head")])
+    assert set(jax.tree.leaves(labels["encoder"]["layer"]["11"])) == {"layer_11"}
+    assert set(jax.tree.leaves(labels["encoder"]["layer"]["1"])) == {"layer_1"}
+
+
 def test_mask_takes_one_label_several_or_none():
     labels = {"a": "x", "b": "y", "c": "z"}
     assert masks.mask(labels, "x") == {"a": True, "b": False, "c": False}
@@ -272,8 +342,12 @@ def test_count_of_arrays_and_of_shapes():
     assert list(masks.count(params, labels)) == ["body", "head"]
 
 
+def frozen_dict():
+    return FrozenDict(linen())
+
+
 @pytest.mark.parametrize(
-    "make", [linen, nnx_state, equinox, haiku, nested], ids=lambda m: m.__name__
+    "make", [linen, frozen_dict, nnx_state, equinox, haiku, nested], ids=lambda m: m.__name__
 )
 def test_optimizer_moves_the_named_label_alone(make):
     params = make()

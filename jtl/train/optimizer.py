@@ -1,7 +1,9 @@
 """One optimizer-state structure for all phases of a run: a phase swaps a pure function."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
+import jax
 import optax
 from jaxtyping import PyTree
 
@@ -53,3 +55,42 @@ def phase_optimizer(
         )
     chosen = {label: txs[label] if label in live else masks.hold(txs[label]) for label in ever_live}
     return masks.optimizer(chosen, labels)
+
+
+def reset(
+    opt_state: Any, label: str, tx: optax.GradientTransformation, params: PyTree
+) -> optax.PartitionState:
+    """Return the optimizer state in which one label starts anew, and the others go on.
+
+    For a head that was made again, or a group whose moments are of another task.
+
+    >>> params, labels = {"body": 1.0, "head": 1.0}, {"body": "body", "head": "head"}
+    >>> tx = masks.optimizer(dict.fromkeys(labels, optax.sgd(1.0, momentum=0.9)), labels)
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> state = reset(state, "head", tx, params)
+    >>> [float(state.inner_states[label].inner_state[0].trace[label]) for label in labels]
+    [1.0, 0.0]
+
+    Args:
+        opt_state: of `phase_optimizer` or `masks.optimizer`.
+        label: whose moments and count begin again.
+        tx: the transform that the state is of; that of any phase.
+        params: the parameters as they are now.
+
+    Raises:
+        ValueError: a state of another transform, or a label that it has no slots of.
+    """
+    slots = getattr(opt_state, "inner_states", None)
+    if slots is None:
+        raise ValueError(
+            f"the optimizer state is a {type(opt_state).__name__}, which has no labels; "
+            "give the state of `masks.optimizer`, the part of it where it stands in a chain"
+        )
+    kept = {name for name, slot in slots.items() if jax.tree.leaves(slot)}
+    if label not in kept:
+        raise ValueError(
+            f"label {label!r} has no slots; {sorted(kept)} have; "
+            "give one of these: what never moves has no state"
+        )
+    fresh = tx.init(params).inner_states[label]  # pyright: ignore[reportAttributeAccessIssue]
+    return opt_state._replace(inner_states={**slots, label: fresh})

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jtl import masks
-from jtl.train.optimizer import phase_optimizer
+from jtl.train.optimizer import phase_optimizer, reset
 from jtl.train.state import create
 from jtl.train.step import make_step
 
@@ -131,3 +131,30 @@ def test_a_label_that_no_leaf_bears_is_an_error():
         phase_optimizer(
             {"haed": optax.sgd(1.0)}, network.labelled(network.parameters()), {"haed"}, {"haed"}
         )
+
+
+def test_a_label_is_reset_and_the_others_go_on():
+    tx = transform(EVER)
+    state, step = create(network.parameters(), {}, tx, key=jax.random.key(0)), step_of(EVER)
+    for seed in range(2):
+        state, _ = step(state, network.batch(seed=seed), START)
+    before = state.opt_state
+    after = reset(before, "head", transform({"head"}), state.params)
+    assert shapes(after) == shapes(before)
+    fresh = tx.init(state.params).inner_states["head"]
+    masks.assert_held(fresh, after.inner_states["head"])
+    for label in EVER - {"head"}:
+        masks.assert_held(before.inner_states[label], after.inner_states[label])
+    new, _ = step(state._replace(opt_state=after), network.batch(seed=2), START)
+    counts = {n: new.opt_state.inner_states[n].inner_state[0].count.item() for n in EVER}
+    assert counts == {"head": 1, "block_4": 3, "block_5": 3}
+
+
+def test_reset_refuses_what_has_no_slots():
+    params, tx = network.parameters(), transform(EVER)
+    with pytest.raises(
+        ValueError, match=r"'block_0' has no slots; \['block_4', 'block_5', 'head'\]"
+    ):
+        reset(tx.init(params), "block_0", tx, params)
+    with pytest.raises(ValueError, match="a tuple, which has no labels"):
+        reset(optax.adam(1.0).init(params), "head", tx, params)
