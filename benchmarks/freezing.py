@@ -16,7 +16,8 @@ for each figure, then a table:
     never_live_bytes        optimizer memory of what no phase moves
     epoch_2_head            a later epoch of a phase, over the forward pass over its data
     epoch_2_last_block      the same with the last block open
-    border_stall            the longest wait at a border of phases, over a step of what follows
+    border_stall            the longest wait at a border of phases (columns that are computed there
+                            apart), over a step of the phase that begins
 
 Every step clips and gives the gradient norm, and keeps the old weights where it is not finite.
 Dropout is what the checkpoints are published with (BERT 0.1, ViT none) and off in what is held, the
@@ -252,9 +253,7 @@ def run_rows(
         if peers["peer"]:
             peers |= {"ratio": peers["peer_value"] / value, "faster": None}
         yield row | peers
-    stalls = {
-        name: time.border / time.step for name, time in times.items() if time.border is not None
-    }
+    stalls = {name: t.stall / t.step for name, t in times.items() if t.stall is not None}
     if not stalls:
         return
     value = max(stalls.values())

@@ -32,16 +32,16 @@ class PhaseTime(NamedTuple):
     Attributes:
         epochs: seconds of each epoch, from one evaluation to the next.
         step: median seconds of a step.
-        border: seconds from the end of the phase before to its own first step, without that step;
-            None for the first phase.
-        waited: of these, seconds in which the run waited for a compilation; None where the run does
-            not say.
+        border: seconds from the end of the phase before to the first step, None in the first phase.
+        stall: of these, without the columns that were computed for the phase.
+        waited: of these, waiting for a compilation.
     """
 
     epochs: list[float]
     step: float
     border: float | None
-    waited: float | None
+    stall: float | None
+    waited: float
 
 
 def phase_times(
@@ -88,13 +88,8 @@ def _dataset(shape: Shape, rows: int) -> Dataset:
 def _times(events: Iterable[Any]) -> dict[str, PhaseTime]:
     """Return the times of each phase from the events of a run."""
     seen = [(event, time.perf_counter()) for event in _told(events)]
-    found: dict[str, PhaseTime] = {}
-    ended: float | None = None
-    for name, group in itertools.groupby(seen, key=lambda pair: pair[0].phase):
-        own = list(group)
-        found[name] = _phase_time(own, ended)
-        ended = own[-1][1]
-    return found
+    phases = itertools.groupby(seen, key=lambda pair: pair[0].phase)
+    return {name: _phase_time(list(own), not i) for i, (name, own) in enumerate(phases)}
 
 
 def _told(events: Iterable[Any]) -> Iterable[Any]:
@@ -105,17 +100,14 @@ def _told(events: Iterable[Any]) -> Iterable[Any]:
         yield event._replace(state=None)
 
 
-def _phase_time(own: list[tuple[Any, float]], ended: float | None) -> PhaseTime:
+def _phase_time(own: list[tuple[Any, float]], first: bool) -> PhaseTime:
     marks = [at for event, at in own if event.kind == "evaluation"]
     steps = [at for event, at in own if event.kind == "step"]
-    gaps = [b - a for a, b in itertools.pairwise(steps)]
-    step = statistics.median(gaps) if gaps else float("nan")
-    known: dict[str, Any] = {}
-    for event, _ in own:
-        if event.kind in ("phase_start", "phase_end"):
-            known |= {k: v for k, v in event.metrics.items() if v is not None}
-    epochs = [b - a for a, b in itertools.pairwise(marks)]
-    border = None if ended is None else max(0.0, steps[0] - ended - step)
-    if ended is not None and "border_seconds" in known:
-        border = float(known["border_seconds"])
-    return PhaseTime(epochs, step, border, known.get("compile_wait_seconds"))
+    row = next(event.metrics for event, _ in own if event.kind == "phase_end")
+    border = (None, None) if first else (row["border_seconds"], row["stall_seconds"])
+    return PhaseTime(
+        [b - a for a, b in itertools.pairwise(marks)],
+        statistics.median(b - a for a, b in itertools.pairwise(steps)),
+        *border,
+        row["compile_wait_seconds"],
+    )

@@ -10,7 +10,8 @@ from jtl.report.tables import Table
 def show(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> None:
     """Print a table of text under a title; `left` columns from the first are words."""
     out = make_console()
-    out.width = max(out.width, 120)
+    if not out.is_terminal:
+        out.width = max(out.width, 140)
     say(out, "")
     say(out, title, style="bold")
     draw(out, Table(tuple(headers), tuple(tuple(row) for row in rows), left=left))
