@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -115,15 +116,31 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
     it is to keep.
 
     Args:
-        tree: arrays of this process, with the same values on each of several.
+        tree: arrays; those of one process have the same values on each of several.
         shardings: tree of `NamedSharding`.
     """
     return jax.tree.map(_put, tree, shardings)
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """Return a whole array on the host, without a copy where it lies there already.
+
+    What is split over processes is gathered, and all of them must call this; see `is_apart`.
+    """
+    whole = multihost_utils.process_allgather(leaf, tiled=True) if is_apart(leaf) else leaf
+    return np.asarray(whole)
+
+
+def is_apart(leaf: Any) -> bool:
+    """Return whether this process lacks a part of an array."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return False
+    return not leaf.is_fully_replicated
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raw = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(leaf))
-    host = np.asarray(leaf, jnp.result_type(leaf))
+    host = np.asarray(on_host(leaf), jnp.result_type(leaf))
     return jax.make_array_from_callback(host.shape, sharding, lambda part: np.array(host[part]))

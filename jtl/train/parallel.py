@@ -151,14 +151,29 @@ def place(spread: Spread, tree: PyTree) -> PyTree:
 
 
 def put(spread: Spread, batch: Batch) -> dict[str, Any]:
-    """Return a batch on the devices; each process gives its own rows (`rows`). Does not wait.
+    """Return a batch on the devices; each process gives its own rows (`rows`).
+
+    It does not wait: do not write into the batch's own arrays afterwards.
 
     Raises:
         ValueError: the rows do not divide by the devices.
     """
     if spread.mesh is None:
-        return {name: jnp.array(value) for name, value in batch.items()}
+        return jax.device_put(dict(batch))
     return meshes.shard_batch(batch, spread.mesh)
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Return the arrays whole, as numpy, to write or export them; keys become their data.
+
+    With several processes all call it: what is split over them is gathered, leaf by leaf.
+    """
+
+    def fetched(leaf: Any) -> np.ndarray:
+        key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return meshes.on_host(jax.random.key_data(leaf) if key else leaf)
+
+    return jax.tree.map(fetched, tree)
 
 
 def shapes(spread: Spread, batch: Batch) -> dict[str, jax.ShapeDtypeStruct]:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jtl.train import checkpoint, parallel
-from jtl.train.held import check_held, digests
+from jtl.train.held import check_held, digest, digests
 from jtl.train.optimizer import phase_optimizer
 from jtl.train.state import create
 from jtl.train.step import make_step
@@ -68,6 +68,8 @@ def main(process, processes, port, folder):
     kernel = state.params["body"]["block_0"]["kernel"]
     slot = state.opt_state.inner_states["block_1"]
     shares = [x.addressable_data(0).nbytes / x.nbytes for x in (kernel, *jax.tree.leaves(slot))]
+    whole = parallel.fetch({"kernel": kernel, "step": state.step})
+    assert digest(whole["kernel"]) == digest(kernel) == held["params/body/block_0/kernel"]
     rows = parallel.rows(spread, ROWS)
     print(
         json.dumps(
