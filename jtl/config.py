@@ -16,6 +16,7 @@ TABLES: dict[str, dict[str, str]] = {
     "recipe": {
         "fine_tune": "jtl.recipes.finetune:fine_tune",
         "continual": "jtl.recipes.continual:continual",
+        "find_rate": "jtl.recipes.find_rate:find_rate",
     },
     "backbone": {
         "pretrained": "jtl.models.load:load_backbone",
@@ -34,6 +35,7 @@ TABLES: dict[str, dict[str, str]] = {
         "full": "jtl.train.phases:full",
         "gradual_unfreeze": "jtl.train.phases:gradual_unfreeze",
         "linear_probe_then_finetune": "jtl.train.phases:linear_probe_then_finetune",
+        "phases": "jtl.train.phases:by_hand",
         "progressive": "jtl.train.phases:progressive",
     },
     "optimizer": {

@@ -21,8 +21,8 @@ def test_build_passes_fields_and_given_arguments():
 
 
 def test_unknown_kind_lists_the_known_ones_and_the_nearest():
-    with pytest.raises(ValueError, match=r"no kind 'adam'; it has \['adamw', 'sgd'\].*'adamw'"):
-        config.build("optimizer", {"kind": "adam"})
+    with pytest.raises(ValueError, match=r"no kind 'adamv'; it has \[.*'sgd'.*mean 'adam"):
+        config.build("optimizer", {"kind": "adamv"})
 
 
 def test_unknown_field_lists_the_known_ones_and_the_nearest():
@@ -54,6 +54,24 @@ def test_unknown_top_level_field_is_an_error():
     fields = ConfigDict({"recipe": "fine_tune", "foldre": "x"})
     with pytest.raises(ValueError, match="'foldre'.*did you mean 'folder'"):
         config.run(fields)
+
+
+def test_phases_by_hand_and_schedules_with_options_come_through_a_config():
+    written = {
+        "kind": "phases",
+        "phases": (
+            {"name": "b", "rates": {"block_*": (1.0, 4.0), "head": 8.0}, "steps": 5},
+            {"name": "a", "rates": {"head": {"kind": "one_cycle", "peak": 2.0}}, "epochs": 1},
+        ),
+    }
+    plan = config.plain(ConfigDict({"plan": written}))["plan"]
+    first, second = config.bind("plan", plan)(("block_0", "block_1"), ("head",))
+    assert first.rates == {"block_0": 1.0, "block_1": 4.0, "head": 8.0}
+    assert (first.name, second.name, second.rates["head"].kind) == ("b", "a", "one_cycle")
+    shape = {"kind": "flat_cosine", "flat": 0.5}
+    full = config.plain(ConfigDict({"kind": "full", "schedule": shape, "warmup": "9 steps"}))
+    (phase,) = config.bind("plan", full)(("stem",), ("head",))
+    assert phase.rates["stem"][:3] == ("flat_cosine", 5e-5, "9 steps")
 
 
 def test_smoke_replaces_the_named_entries_and_leaves_nothing_behind():

@@ -16,7 +16,9 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 FILES = {
     "fine_tune": {"config.json", "metrics.jsonl", "result.json", "report.html", "checkpoints"},
     "continual": {"config.json", "result.json", "plain", "penalised"},
+    "find_rate": {"config.json", "result.json", "report.html"},
 }
+UNTRAINED = {"find_rate"}
 
 
 def _get(name):
@@ -29,8 +31,8 @@ def _get(name):
 
 def _check(folder, recipe):
     there = {path.name for path in folder.iterdir()}
-    assert FILES[recipe] | {"model"} <= there
-    assert (folder / "model" / "model.safetensors").is_file()
+    assert FILES[recipe] <= there
+    assert (folder / "model" / "model.safetensors").is_file() == (recipe not in UNTRAINED)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -45,6 +47,8 @@ def test_a_config_runs_on_small_data(name, tmp_path):
         assert written["held_bit_equal"] is True
         assert result["target"] == written["target"]
         assert set(written["baselines"]) == {"majority", "linear_probe"}
+    elif fields.recipe == "find_rate":
+        assert set(written["scales"]) == {"minimum/10", "slide", "steepest", "valley"}
     else:
         assert set(written["runs"]) == {"plain", "penalised"}
 
