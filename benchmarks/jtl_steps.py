@@ -93,7 +93,7 @@ def make(model: Model, batch: dict[str, Any], case: Case) -> Made:
     averaged = None if case.ema is None else masks.mask(labels, live)
     key = jax.random.key(0)
     held = [create(model.params, model.stats, tx, averaged=averaged, key=key)]
-    slots = {name: trees.size_bytes(s) for name, s in held[0].opt_state.inner_states.items()}
+    slots = optimizer_bytes(held[0].opt_state, live)
     arrays, start = jax.tree.map(jnp.asarray, batch), jnp.int32(0)
     compiled = step.compile(held[0], arrays, start)
 
@@ -101,5 +101,10 @@ def make(model: Model, batch: dict[str, Any], case: Case) -> Made:
         held[0], metrics = compiled.call(held[0], arrays, start)
         return jax.block_until_ready((held[0], metrics))
 
-    never = sum(size for name, size in slots.items() if name not in live)
-    return Made(Timed(call, compiled.flops), sum(slots.values()), never)
+    return Made(Timed(call, compiled.flops), *slots)
+
+
+def optimizer_bytes(opt_state: Any, live: frozenset[str]) -> tuple[int, int]:
+    """Return the bytes of all slots, and of those of labels outside `live`."""
+    slots = {name: trees.size_bytes(slot) for name, slot in opt_state.inner_states.items()}
+    return sum(slots.values()), sum(size for name, size in slots.items() if name not in live)

@@ -21,8 +21,8 @@ columns, compiling with an empty cache, evaluations that phases go by), loading 
 Beside them: `warm` (a second process, the compilations on disk), `kernels` (the peer over jtl
 without derived columns) and `columns` (jtl without them over jtl with), whose product is `value`;
 `cached` (the peer with features computed once, over jtl). In `progressive_full` `kernels` compares
-the full fine-tunings of both, and `columns` is ours over the progressive run. Every training has a process of its own, but with `--quick`. Phases
-go by validation data; the test split is scored once.
+the full fine-tunings of both, and `columns` is ours over the progressive run. Every training has a
+process of its own, but with `--quick`. Phases go by validation data; the test split is scored once.
 """
 
 import argparse
