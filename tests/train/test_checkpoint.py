@@ -317,7 +317,7 @@ def watch(folder, pattern):
 
 def save_until_killed(folder, pattern):
     saved = checkpoint.open_checkpoints(folder, fingerprint={})
-    x = np.random.default_rng(0).normal(size=2**22).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=2**23).astype(np.float32)
     checkpoint.save(saved, 1, {"x": x + 1}, {"n": 1}, wait=True)
     threading.Thread(target=watch, args=(folder, pattern), daemon=True).start()
     checkpoint.save(saved, 2, {"x": x + 2}, {"n": 2})
@@ -337,7 +337,7 @@ def test_kill_in_mid_save_leaves_one_whole_checkpoint(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path), *MOMENTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [word for m in MOMENTS for word in (m, "-9")], done.stderr[-2000:]
-    x = np.random.default_rng(0).normal(size=2**22).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=2**23).astype(np.float32)
     stands = {}
     for moment in MOMENTS:
         again = checkpoint.open_checkpoints(tmp_path / moment, fingerprint={})
