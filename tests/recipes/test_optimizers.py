@@ -175,12 +175,14 @@ def test_moments_and_updates_are_float32_whatever_the_parameters_are(name):
     tx = OPTIMIZERS[name]()
     state = tx.init(params)
     updates, new = jax.jit(tx.update)(gradients(0, params), state, params)
-    kinds = {x.dtype for x in jax.tree.leaves((state, new)) if jnp.issubdtype(x, jnp.floating)}
+    kinds = {
+        x.dtype for x in jax.tree.leaves((state, new)) if jnp.issubdtype(x.dtype, jnp.floating)
+    }
     assert kinds <= {np.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(updates)} == {np.dtype("float32")}
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     same, _ = jax.jit(tx.update)(gradients(0, params), tx.init(wide), wide)
-    masks.assert_held(same, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), same, updates)
 
 
 def test_a_second_moment_in_bfloat16_sticks_and_ours_does_not():
