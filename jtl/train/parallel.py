@@ -10,7 +10,7 @@
 The numbers are those of one device, to the rounding of sums in another order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -207,6 +207,31 @@ def compiled(spread: Spread, step: Step) -> CompiledSteps:
     if spread.kind == "pmap" and spread.mesh is not None:
         return pmap_step(step, axis_name=AXIS, devices=list(spread.mesh.devices.flat))
     return CompiledSteps(step, _compile_step)
+
+
+def split_forward(spread: Spread, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a jitted forward pass whose rows are split over the devices, for evaluation.
+
+    Without it each device computes all of a batch that the host gives. The results are whole on
+    every device and in every process, so the host may read them.
+
+    Args:
+        spread: how the run lies.
+        forward: `(params, stats, batch) -> tree`; the batch is whole, the same on each process.
+            Columns whose rows do not divide are not split.
+    """
+    if spread.mesh is None:
+        return jax.jit(forward)
+    where, devices = meshes.batch_sharding(spread.mesh), spread.mesh.size
+
+    def split(column: Any) -> Any:
+        whole = not jnp.ndim(column) or jnp.shape(column)[0] % devices
+        return column if whole else jax.lax.with_sharding_constraint(column, where)
+
+    def over_devices(params: Any, stats: Any, batch: Batch) -> Any:
+        return forward(params, stats, {name: split(x) for name, x in batch.items()})
+
+    return jax.jit(over_devices, out_shardings=NamedSharding(spread.mesh, PartitionSpec()))
 
 
 def _compile_step(step: Step, state: Any, batch: Any, start: Any) -> Compiled:

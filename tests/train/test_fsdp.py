@@ -135,6 +135,29 @@ def test_arrays_are_fetched_whole():
     np.testing.assert_array_equal(found["key"], jax.random.key_data(tree["key"]))
 
 
+@pytest.mark.parametrize("kind", ["data", "fsdp", "pmap"])
+def test_an_evaluation_is_split_over_the_devices(kind):
+    spread = parallel.make_spread(kind, threshold=1024)
+    apply, params = network.make_apply(), network.parameters()
+
+    def forward(params, stats, batch):
+        return apply(params, stats, batch, key=None, live=frozenset())
+
+    placed = parallel.place(spread, params)
+    split = parallel.split_forward(spread, forward)
+    for rows in (64, 60):
+        batch = network.batch(rows)
+        expected, _ = forward(params, {}, batch)
+        found, _ = split(placed, {}, batch)
+        assert found["head"].sharding.is_fully_replicated
+        network.close(found, expected, 1e-5)
+
+    def flops(call, params):
+        return call.lower(params, {}, network.batch(64)).compile().cost_analysis()["flops"]
+
+    assert flops(split, placed) < 0.2 * flops(jax.jit(forward), params)
+
+
 def test_rows_of_this_process():
     assert parallel.rows(parallel.make_spread("data"), 32) == slice(0, 32)
     assert parallel.rows(parallel.Spread("jit", None, None, 1), 5) == slice(0, 5)
