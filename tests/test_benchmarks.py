@@ -243,9 +243,7 @@ def test_both_sides_open_as_much(name, tiny):
     theirs = sum(
         p.numel() for part in (made.body, made.head) for p in part.parameters() if p.requires_grad
     )
-    sizes = jax.tree.map(
-        lambda p, label: p.size if label in live else 0, model.params, model.labels
-    )
+    sizes = jax.tree.map(lambda p, label: p.size if label in live else 0, tiny.params, tiny.labels)
     assert theirs == sum(jax.tree.leaves(sizes))
 
 
