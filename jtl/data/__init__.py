@@ -6,14 +6,23 @@ dataset = encode(parts["train"], backbone.inputs)
 for batch in batches(dataset, 32, seed=0, stop=steps_per_epoch(dataset, 32)): ...
 """
 
-from jtl.data.batches import batches, check_finite, plan, steps_per_epoch
+from jtl.data.batches import (
+    batch_shapes,
+    batches,
+    check_finite,
+    plan,
+    row_shapes,
+    steps_per_epoch,
+)
 from jtl.data.buckets import choose_buckets
 from jtl.data.dataset import Dataset, encode
-from jtl.data.derive import derive
+from jtl.data.derive import column_bytes, derive, stored
+from jtl.data.fingerprint import fingerprint
 from jtl.data.folders import from_folder
 from jtl.data.images import ImageInputs, image_inputs, load_image_inputs
 from jtl.data.sources import Source, from_arrays
 from jtl.data.split import split
+from jtl.data.store import Store, fitting, room
 from jtl.data.tables import from_table
 from jtl.data.text import TextInputs, load_text_inputs
 from jtl.data.tfds import from_tfds
@@ -22,12 +31,17 @@ __all__ = [
     "Dataset",
     "ImageInputs",
     "Source",
+    "Store",
     "TextInputs",
+    "batch_shapes",
     "batches",
     "check_finite",
     "choose_buckets",
+    "column_bytes",
     "derive",
     "encode",
+    "fingerprint",
+    "fitting",
     "from_arrays",
     "from_folder",
     "from_table",
@@ -36,6 +50,9 @@ __all__ = [
     "load_image_inputs",
     "load_text_inputs",
     "plan",
+    "room",
+    "row_shapes",
     "split",
     "steps_per_epoch",
+    "stored",
 ]

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from jtl.data.dataset import Dataset
 from jtl.data.threads import ahead
 
 Batch = dict[str, np.ndarray]
+
+_ADDED = {"mask": np.bool_, "index": np.int32}
 
 
 def plan(
@@ -73,7 +75,8 @@ def batches(
         start: the first step, to go on where a run has stopped.
         stop: the step before which to end; None never ends.
         shuffle: False gives the rows in order, for evaluation.
-        prefetch: batches made ahead by threads where images are read; rows in memory need none.
+        prefetch: batches made ahead by threads where images are read; rows in memory and in mapped
+            files need none (threads there made an epoch slower, cold files too).
 
     Raises:
         ValueError: `size` is less than one, or, in training order, more than the dataset.
@@ -93,6 +96,19 @@ def batches(
     return map(make, itertools.count(start) if stop is None else range(start, stop))
 
 
+def assembled(
+    dataset: Dataset, steps: Sequence[np.ndarray], size: int, *, prefetch: int = 2
+) -> Iterator[Batch]:
+    """Return an iterator over the batches of these rows; as `plan` gives them, one bucket each."""
+
+    def make(step: int) -> Batch:
+        return assemble(dataset, steps[step], size)
+
+    if dataset.read is not None:
+        return ahead(make, 0, len(steps), prefetch=prefetch)
+    return map(make, range(len(steps)))
+
+
 def assemble(dataset: Dataset, rows: np.ndarray, size: int) -> Batch:
     """Return the batch of rows of one bucket, padded to `size` rows."""
     short = size - len(rows)
@@ -104,6 +120,27 @@ def assemble(dataset: Dataset, rows: np.ndarray, size: int) -> Batch:
     mask = np.arange(size) < len(rows)
     index = np.where(mask, filled, -1).astype(np.int32)
     return {**columns, "label": dataset.labels[filled], "mask": mask, "index": index}
+
+
+def row_shapes(dataset: Dataset, size: int) -> list[dict[str, Any]]:
+    """Return the columns of `size` rows in each bucket that has rows, as `jax.ShapeDtypeStruct`.
+
+    Label, mask and index are not among them. Nothing is computed; where images are read, one is.
+    """
+    found = []
+    for bucket in range(len(dataset.parts)):
+        rows = np.flatnonzero(dataset.bucket == bucket)[:1]
+        columns = dataset.columns(rows) if len(rows) else {}
+        if columns:
+            found.append({name: _shape(size, value) for name, value in columns.items()})
+    return found
+
+
+def batch_shapes(dataset: Dataset, size: int) -> list[dict[str, Any]]:
+    """Return the shapes of the batches of `size` rows, one for each bucket that has rows."""
+    label = _shape(size, dataset.labels)
+    more = {name: _shape(size, np.empty(0, kind)) for name, kind in _ADDED.items()}
+    return [{**columns, "label": label, **more} for columns in row_shapes(dataset, size)]
 
 
 def check_finite(batch: Mapping[str, Any]) -> None:
@@ -126,6 +163,14 @@ def check_finite(batch: Mapping[str, Any]) -> None:
                 f"column {name!r} has values that are not finite in {len(rows)} of {len(values)} "
                 f"rows of the batch: rows {rows[:8]} of the dataset; drop or repair these examples"
             )
+
+
+def _shape(size: int, values: np.ndarray) -> Any:
+    """Return the shape of `size` such rows, of the dtype that a jitted function sees."""
+    import jax
+
+    dtype = jax.dtypes.canonicalize_dtype(values.dtype)
+    return jax.ShapeDtypeStruct((size, *values.shape[1:]), dtype)
 
 
 def _padded(values: np.ndarray, short: int) -> np.ndarray:

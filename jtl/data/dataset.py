@@ -1,15 +1,18 @@
 """Encoded examples, ready for batches: columns in memory by bucket, or images read as needed."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jtl.data.buckets import bucket_of, choose_buckets
+from jtl.data.fingerprint import fingerprint
 from jtl.data.images import ImageInputs
 from jtl.data.sources import Source
 from jtl.data.text import TextInputs
+from jtl.data.threads import ahead
 
 MEMORY_BYTES = 256 * 2**20
 
@@ -27,6 +30,8 @@ class Dataset:
         read: `rows -> columns` of what is not in memory, None where all is.
         derived: names of the columns that `derive` has added.
         name: of the source.
+        augmented: whether `read` gives other values each time; then nothing can be derived.
+        origin: gives the fingerprint of all that `read` reads, None where nobody knows it.
     """
 
     parts: tuple[Mapping[str, np.ndarray], ...]
@@ -37,6 +42,8 @@ class Dataset:
     read: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
     derived: tuple[str, ...] = ()
     name: str = "data"
+    augmented: bool = False
+    origin: Callable[[], str] | None = None
     position: np.ndarray = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,6 +53,27 @@ class Dataset:
     def size(self) -> int:
         """Number of examples."""
         return len(self.labels)
+
+    @functools.cached_property
+    def steady(self) -> bool:
+        """Whether a row has the same bits each time it is read: it is tried with the first rows."""
+        if self.read is None or self.augmented or not self.size:
+            return not self.augmented
+        rows = np.flatnonzero(self.bucket == self.bucket[0])[:8]
+        one, other = self.read(rows), self.read(rows)
+        return all(np.array_equal(one[name], other[name], equal_nan=True) for name in one)
+
+    @functools.cached_property
+    def contents(self) -> str | None:
+        """Fingerprint of the raw columns of all rows, labels apart; None where `read` has none."""
+        if self.read is not None and (self.origin is None or self.augmented):
+            return None
+        read = self.origin() if self.read is not None and self.origin is not None else ""
+        raw = [
+            {name: column for name, column in part.items() if name not in self.derived}
+            for part in self.parts
+        ]
+        return fingerprint(self.bucket, raw, read)
 
     def columns(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return the columns of rows that lie in one bucket, without label, mask and index."""
@@ -75,7 +103,7 @@ class Dataset:
         )
 
 
-def without_raw(part: Mapping[str, np.ndarray], names: Any) -> dict[str, np.ndarray]:
+def without_raw(part: Mapping[str, Any], names: Any) -> dict[str, Any]:
     """Return the named columns, with the attention mask if one of them has positions."""
     masked = "attention_mask" in part and any(part[name].ndim >= 3 for name in names)
     return {name: part[name] for name in (*names, *(["attention_mask"] if masked else []))}
@@ -152,16 +180,21 @@ def _images(source: Source, inputs: ImageInputs, memory_bytes: int) -> Dataset:
 
     bucket = np.zeros(source.size, np.int32)
     labels = source.columns["label"]
-    lazy = Dataset(({},), bucket, labels, source.classes, (0,), read, name=source.name)
+
+    def origin() -> str:
+        made = ahead(lambda row: fingerprint(raw[row]), 0, source.size, prefetch=2)
+        return fingerprint(repr(inputs.processor), inputs.size, inputs.channels, list(made))
+
+    lazy = Dataset(
+        ({},), bucket, labels, source.classes, (0,), read, name=source.name, origin=origin
+    )
     if source.size * int(np.prod(inputs.size)) * inputs.channels * 4 > memory_bytes:
         return lazy
     part = _all_rows(lazy)
-    return dataclasses.replace(lazy, parts=(part,), read=None)
+    return dataclasses.replace(lazy, parts=(part,), read=None, origin=None)
 
 
 def _all_rows(lazy: Dataset, chunk: int = 32) -> dict[str, np.ndarray]:
-    from jtl.data.threads import ahead
-
     chunks = [np.arange(i, min(i + chunk, lazy.size)) for i in range(0, lazy.size, chunk)]
     done = list(ahead(lambda i: lazy.columns(chunks[i]), 0, len(chunks), prefetch=2))
     return {name: np.concatenate([columns[name] for columns in done]) for name in done[0]}

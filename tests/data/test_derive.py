@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from test_batches import INPUTS, make_images, make_texts
 
-from jtl.data.batches import batches
+from jtl.data.batches import batches, steps_per_epoch
 from jtl.data.dataset import encode
 from jtl.data.derive import derive
 from jtl.data.sources import from_arrays
+from jtl.data.store import Store
 
 
 def _compute(batch):
@@ -59,11 +60,14 @@ def test_images_are_read_once():
         names=["pooled"],
         replace=True,
     )
-    assert sorted(reads) == list(range(11)) and derived is not None and derived.read is None
+    assert derived is not None and derived.read is None
+    # eight rows are read twice more, to see that nobody augments them
+    tried = sorted([*range(8), *range(8), *range(11)])
+    assert sorted(reads) == tried
     for batch in batches(derived, 4, stop=6):
         real = batch["mask"]
         np.testing.assert_allclose(batch["pooled"][real, 0], batch["index"][real], atol=1e-4)
-    assert sorted(reads) == list(range(11))
+    assert sorted(reads) == tried
 
 
 def test_over_the_budget_nothing_is_kept_and_the_log_says_why(caplog):
@@ -75,13 +79,52 @@ def test_over_the_budget_nothing_is_kept_and_the_log_says_why(caplog):
         return _compute(batch)
 
     with caplog.at_level(logging.INFO, logger="jtl.data"):
-        assert derive(dataset, 8, compute, names=["hidden_1"], budget_bytes=1000) is None
+        assert derive(dataset, 8, compute, names=["hidden_1"], store=Store(1000)) is None
     assert "would take" in caplog.text and "hidden_1" in caplog.text
     assert len(calls) == 2  # the first batch of each bucket tells the size
     sizes = np.bincount(dataset.bucket) * np.asarray(dataset.buckets) * 2 * 4
     exact = int(sizes.sum())
-    assert derive(dataset, 8, _compute, names=["hidden_1"], budget_bytes=exact - 1) is None
-    assert derive(dataset, 8, _compute, names=["hidden_1"], budget_bytes=exact) is not None
+    assert derive(dataset, 8, _compute, names=["hidden_1"], store=Store(exact - 1)) is None
+    assert derive(dataset, 8, _compute, names=["hidden_1"], store=Store(exact)) is not None
+
+
+def test_columns_in_use_count_against_the_budget_until_they_are_dropped():
+    dataset, store = make_texts(), Store(memory_bytes=4000)
+    one = derive(dataset, 8, _compute, names=["pooled"], store=store)
+    assert one is not None
+    assert store.account()["column_mib"] == 50 * 2 * 4 / 2**20
+    bulky = {"pooled": np.zeros((8, 480), np.float32)}
+    assert derive(dataset, 8, lambda batch: bulky, names=["pooled"], store=store) is None
+    filler = {"pooled": np.zeros((8, 19), np.float32)}  # 3800 of the 3600 that are left
+    assert derive(dataset, 8, lambda batch: filler, names=["pooled"], store=store) is None
+    del one
+    assert store.account()["column_mib"] == 0
+    assert derive(dataset, 8, lambda batch: filler, names=["pooled"], store=store) is not None
+
+
+def test_augmented_data_are_refused_marked_or_not():
+    dataset = make_images()
+    rng = np.random.default_rng(0)
+
+    def jittered(rows):
+        return {"pixel_values": rng.random((len(rows), 2, 2, 3), np.float32)}
+
+    def compute(batch):
+        return {"pooled": batch["pixel_values"].mean((1, 2))}
+
+    assert dataset.steady
+    marked = dataclasses.replace(dataset, augmented=True)
+    for other in (marked, dataclasses.replace(dataset, read=jittered)):
+        assert not other.steady
+        with pytest.raises(ValueError, match="pictures is augmented: .*; read raw batches"):
+            derive(other, 4, compute, names=["pooled"])
+
+
+def test_progress_counts_rows():
+    dataset, seen = make_texts(), []
+    derive(dataset, 8, _compute, names=["pooled"], progress=lambda *done: seen.append(done))
+    assert seen[-1] == (50, 50) and len(seen) == steps_per_epoch(dataset, 8)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
 
 def test_refused():
