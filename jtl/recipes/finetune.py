@@ -53,6 +53,11 @@ def fine_tune(
     parallel: str = "jit",
     save_every: int | None = None,
     columns_mib: int = 2048,
+    columns_disk_mib: int = 8192,
+    columns_folder: str | None = None,
+    ema: float | None = None,
+    dtype: str | None = None,
+    remat: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -75,9 +80,18 @@ def fine_tune(
         max_length: longest text in tokens; None is the checkpoint's own limit.
         clip: largest global norm of the live gradient; None for no clipping.
         accumulate: microbatches a step.
-        parallel: "jit" or "pmap" (every local device, `batch_size` over all of them).
+        parallel: how the run lies on the devices it finds, `batch_size` rows over all of them:
+            "jit" or "data" (each has the whole state), "fsdp" (large arrays are split too), "pmap".
         save_every: steps between checkpoints; None saves at evaluations only.
-        columns_mib: memory for derived columns, MiB; beyond it a phase reads raw batches.
+        columns_mib: memory for derived columns, MiB.
+        columns_disk_mib: of the folder of columns that do not fit in memory or took long to
+            compute, where later runs find them; 0 keeps none. Where a phase's column fits in
+            neither, it reads raw batches, and the log says so.
+        columns_folder: of these columns; None is `jtl/columns` in the user's cache folder.
+        ema: decay of a moving average of the live weights, which is then evaluated and kept.
+        dtype: of the computation, "float32" or "bfloat16"; parameters, optimizer and losses stay
+            float32. None is the backbone's own.
+        remat: compute the inside of each block again in the backward pass, to save memory.
         seed: of order, dropout and fresh weights.
         overwrite: train anew where a finished run lies.
         config: what `config.json` and `result.json` show; None shows the options given here.
@@ -87,7 +101,9 @@ def fine_tune(
     """
     began = time.perf_counter()
     settings = Settings(
-        optimizer or adamw(), batch_size, clip, accumulate, parallel, save_every, columns_mib
+        optimizer or adamw(),
+        *(batch_size, clip, accumulate, parallel, save_every),
+        *(columns_mib, columns_disk_mib, columns_folder, ema),
     )
     start, classes = _opened(backbone)
     check_sources(data)
@@ -102,6 +118,8 @@ def fine_tune(
         "buckets": buckets,
         "max_length": max_length,
         "seed": seed,
+        "dtype": dtype,
+        "remat": remat,
         **settings._replace(optimizer="given" if optimizer else "adamw")._asdict(),
     }
     run = record.open_run(folder, config=config or shown, overwrite=overwrite)
@@ -110,7 +128,7 @@ def fine_tune(
         return run.result
     enable_cache()
     job_task = task(data["train"])
-    model = _attached(start, head, job_task, seed)
+    model = _attached(start, head, job_task, seed).computing(dtype, remat=remat or None)
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     job = Job(model, head, job_task, datasets, list(plan(model.groups, (head,))), seed)

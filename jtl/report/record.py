@@ -16,7 +16,7 @@ number that is not finite is written null.
                  examples (real rows of the batch), finite (false: the step changed nothing)
     evaluation   the figures on the validation split, the metric of the run among them
     phase_start  live (labels), steps (longest length); its step is that at which the phase began
-    phase_end    what `phases` of result.json says of the phase
+    phase_end    what `phases` of result.json says of the phase, the times of its border too
     skipped      reason (optional): the phase did not run
 
 A run that goes on from a save cuts off the rows after it (`cut`). Events at the very step of the
@@ -31,9 +31,17 @@ save may come twice; `read_rows` takes the last of each (kind, step, phase).
                    on both splits, the 95 % bootstrap interval of the test figure
     phases         list in order, also of those skipped: {name, live: [label], epochs, steps,
                    metric_before, metric_after, seconds, compile_seconds, flops_per_step,
-                   optimizer_bytes, [held_bit_equal], [skipped: true], [stopped], [best_step]};
+                   optimizer_bytes, [held_bit_equal], [skipped: true], [stopped], [best_step],
+                   [compilations], [compile_wait_seconds], [border_seconds], [derive_seconds],
+                   [stall_seconds], [column_mib], [disk_mib], [reused]};
                    flops_per_step is null where XLA gave no count; before and after are on the
-                   validation split, after the best weights of the phase were restored
+                   validation split, after the best weights of the phase were restored.
+                   compilations and compile_seconds count programs of the step, also those compiled
+                   while another phase ran; compile_wait_seconds is what the phase waited for them.
+                   border_seconds go from the end of the phase before to the first step, without
+                   evaluations; of these derive_seconds computed columns, stall_seconds is the
+                   rest. column_mib and disk_mib are what columns take; reused counts those that
+                   were found in files
     held_bit_equal true: in every phase every held leaf and statistic kept its bits
     loaded         counts: {loaded, fresh, unexpected, wrong_shape}
     seed           of the run

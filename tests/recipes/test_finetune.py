@@ -258,7 +258,7 @@ def _misspelt(groups, heads):
 BAD_OPTIONS = {
     r"batch of 64 rows is larger than the data: .* has 40; take": {"batch_size": 64},
     r"'head'.*block_9.*block_1": {"plan": _misspelt},
-    r"parallel is 'vmap'; give": {"parallel": "vmap"},
+    r"parallel is 'vmap'; did you mean": {"parallel": "vmap"},
     r"accumulate=3 microbatches; give": {"accumulate": 3},
     r"20 tokens are asked for; the checkpoint takes 1 to 16; give": {"max_length": 20},
 }

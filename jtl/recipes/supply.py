@@ -1,0 +1,185 @@
+"""What a run reads: batches by process, derived columns, and the figures of an evaluation."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jtl import data as jdata
+from jtl.recipes.datasets import EVALUATION_ROWS, once, passed
+from jtl.recipes.identity import column_keys
+from jtl.recipes.job import Job, Settings
+from jtl.recipes.terms import Part
+from jtl.recipes.views import View, make_view
+from jtl.train import evaluate, parallel, run
+from jtl.train.coming import Epoch
+from jtl.train.compile import shapes_of
+from jtl.train.parallel import Spread
+
+
+class Supply(NamedTuple):
+    """The data of a job, ready for its run; `make_supply` makes it.
+
+    Attributes:
+        job: the job.
+        settings: how it is trained.
+        spread: how the run lies on its devices.
+        train: training data, with the columns that penalties read.
+        views: "train" and "validation" as the phases read them.
+        predict: the logits of the task's head.
+    """
+
+    job: Job
+    settings: Settings
+    spread: Spread
+    train: jdata.Dataset
+    views: Mapping[str, View]
+    predict: evaluate.Predict
+
+
+def make_supply(job: Job, settings: Settings, spread: Spread, parts: Sequence[Part]) -> Supply:
+    """Return the data of a job; the columns of penalties are computed here.
+
+    Raises:
+        ValueError: a batch larger than the data, or reference outputs that fit nowhere.
+    """
+    jdata.plan(job.datasets["train"], settings.batch_size)  # refuses a batch larger than the data
+    train = _with_columns(job.datasets["train"], parts, _store(settings, 1.0))
+    predict = evaluate.make_predict(job.model.apply, heads=(job.head,))
+    return Supply(job, settings, spread, train, make_views(job, settings, train), predict)
+
+
+def make_views(job: Job, settings: Settings, train: jdata.Dataset) -> dict[str, View]:
+    """Return the views of the training and validation data, which share the budgets by size."""
+    lives = [frozenset({job.head}), *(phase.live for phase in job.plan)]
+    datasets = {"train": train, "validation": job.datasets["validation"]}
+    rows = sum(dataset.size for dataset in datasets.values())
+    return {
+        part: make_view(
+            *(job.model, dataset, lives),
+            batch_size=min(EVALUATION_ROWS, dataset.size),
+            store=_store(settings, dataset.size / rows),
+        )
+        for part, dataset in datasets.items()
+    }
+
+
+def _store(settings: Settings, share: float) -> jdata.Store:
+    folder = None if settings.columns_folder is None else pathlib.Path(settings.columns_folder)
+    memory, disk = (mib * 2**20 for mib in (settings.columns_mib, settings.columns_disk_mib))
+    # The disk is one for all: what it holds is counted there.
+    return jdata.Store(memory_bytes=int(memory * share), disk_bytes=disk, folder=folder)
+
+
+def epoch(supply: Supply) -> Epoch:
+    """Return steps and examples of one pass over the training data."""
+    return Epoch(jdata.steps_per_epoch(supply.train, supply.settings.batch_size), supply.train.size)
+
+
+def feed(supply: Supply, live: frozenset[str], params: Any, stats: Any) -> run.Feed:
+    """Return the training data of a phase: derived columns where its prefix is held."""
+    job, size = supply.job, supply.settings.batch_size
+    views, mine = supply.views, parallel.rows(supply.spread, size)
+    before = {part: view.account()["derive_seconds"] for part, view in views.items()}
+    dataset = views["train"](live, params, stats)
+
+    def batches(start: int) -> Iterator[dict[str, Any]]:
+        for batch in jdata.batches(dataset, size, seed=job.seed, start=start):
+            yield {name: column[mine] for name, column in batch.items()}
+
+    account = dict(views["train"].account())
+    account["derive_seconds"] -= before["train"]
+    return run.Feed(batches, *epoch(supply), account)
+
+
+def ahead(supply: Supply, begin: Any) -> run.Ahead | None:
+    """Return what phases will read, known before they begin; a step of `pmap` compiles in turn."""
+    spread, views = supply.spread, supply.views
+    if spread.kind == "pmap":
+        return None
+    own = parallel.rows(spread, supply.settings.batch_size)
+    params, stats = shapes_of((begin.params, begin.stats))
+
+    def shapes(live: frozenset[str]) -> list[dict[str, Any]]:
+        found = views["train"].shapes(live, own.stop - own.start)
+        return [parallel.shapes(spread, batch) for batch in found]
+
+    def warm(live: frozenset[str]) -> None:
+        rows = _evaluation_rows(spread, views["validation"].dataset)
+        found = views["validation"].shapes(live, rows)
+        if _spreads(spread):
+            found = [parallel.shapes(spread, batch) for batch in found]
+        supply.predict.warm(params, stats, found)
+
+    return run.Ahead(shapes, *epoch(supply), warm)
+
+
+def score(supply: Supply, params: Any, stats: Any, live: frozenset[str]) -> dict[str, float]:
+    """Return the figures on the validation data."""
+    job = supply.job
+    dataset = supply.views["validation"](live, params, stats)
+    logits = supply.predict(params, stats, _passed(supply.spread, dataset))[job.head]
+    return job.task.score(logits, job.datasets["validation"].labels)
+
+
+def features(supply: Supply, views: Mapping[str, View], part: str) -> np.ndarray:
+    """Return the pooled features (n, dim) of the start model on a part of the data."""
+    job, model = supply.job, supply.job.model
+    dataset = job.datasets[part]
+    if part in views:
+        dataset = views[part](frozenset({job.head}), model.params, model.stats)
+    pooled = evaluate.make_predict(model.apply, heads=("pooled",))
+    values = pooled(model.params, model.stats, once(dataset))["pooled"]
+    if part != "train":  # in training the step that meets them says more
+        _check_finite(part, values)
+    return values
+
+
+def _passed(spread: Spread, dataset: jdata.Dataset) -> Iterable[dict[str, Any]]:
+    """Return one pass over a dataset, its rows spread over the devices of this process."""
+    batches = passed(dataset, _evaluation_rows(spread, dataset))
+    return (parallel.put(spread, batch) for batch in batches) if _spreads(spread) else batches
+
+
+def _spreads(spread: Spread) -> bool:
+    """Several processes evaluate everything each: none of them has to gather what others found."""
+    return spread.mesh is not None and jax.process_count() == 1
+
+
+def _evaluation_rows(spread: Spread, dataset: jdata.Dataset) -> int:
+    devices, rows = parallel.size(spread), min(EVALUATION_ROWS, dataset.size)
+    return -(-rows // devices) * devices
+
+
+def _check_finite(part: str, features: np.ndarray) -> None:
+    rows = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(rows):
+        raise ValueError(
+            f"the features of {part} are not finite in {len(rows)} of {len(features)} examples, "
+            f"first {rows[:6].tolist()}; clean these examples, or check the backbone's weights"
+        )
+
+
+def _with_columns(
+    dataset: jdata.Dataset, parts: Sequence[Part], store: jdata.Store
+) -> jdata.Dataset:
+    """Return the training data with what the start model gives on it, for penalties on outputs."""
+    for part in parts:
+        if part.columns is None:
+            continue
+        size = min(EVALUATION_ROWS, dataset.size)
+        keys = column_keys(part.columns, dataset, size, part.column_names)
+        compute = jax.jit(part.columns)
+        whole = jdata.derive(
+            dataset, size, compute, names=part.column_names, store=store, keys=keys
+        )
+        if whole is None:
+            raise ValueError(
+                f"the reference outputs {list(part.column_names)} of {dataset.name} fit neither in "
+                "memory nor on disk; raise columns_mib or columns_disk_mib, take fewer examples, "
+                "or a penalty on weights such as l2_sp"
+            )
+        dataset = whole
+    return dataset
