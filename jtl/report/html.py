@@ -149,7 +149,10 @@ def _phases(result: Mapping[str, Any]) -> str:
     held = "Every held leaf and statistic kept its bits in every phase."
     held = held if result["held_bit_equal"] else "Held leaves changed."
     shared = "Optimizer: the state of all groups that ever move, kept through all phases."
-    words = f"Before and after: validation {readable.words(result['metric'])}. {shared} {held}"
+    stall = "Stall: the wait between the last step before a phase and its first."
+    words = (
+        f"Before and after: validation {readable.words(result['metric'])}. {stall} {shared} {held}"
+    )
     return _table(table) + f"\n<p class='soft'>{escape(words)}</p>"
 
 

@@ -135,8 +135,10 @@ def _ended(row: Row, metric: str) -> str:
     if row.get("stopped") == "no rise":
         pieces.append("stopped as it rose no more")
     if row.get("seconds") is not None:
-        compiling = readable.seconds(row.get("compile_seconds"))
-        pieces.append(f"{readable.seconds(row['seconds'])} (compiling {compiling})")
+        spent = f"compiling {readable.seconds(row.get('compile_seconds'))}"
+        if row.get("stall_seconds") is not None:
+            spent += f", stalled {readable.seconds(row['stall_seconds'])}"
+        pieces.append(f"{readable.seconds(row['seconds'])} ({spent})")
     if row.get("held_bit_equal") is not None:
         pieces.append("held bits equal" if row["held_bit_equal"] else "HELD BITS CHANGED")
     return ", ".join(pieces)

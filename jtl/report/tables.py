@@ -129,7 +129,7 @@ def phases(rows: Sequence[Mapping[str, Any]], metric: str, *, order: Sequence[st
     ('head', 'head', '1', '63', '50.0 %')
     """
     headers = (
-        *("phase", "live", "epochs", "steps", "before", "after", "time", "compiling"),
+        *("phase", "live", "epochs", "steps", "before", "after", "time", "compiling", "stall"),
         *("compute a step", "optimizer", "held"),
     )
     return Table(headers, tuple(_phase(row, metric, order) for row in rows), left=2)
@@ -206,7 +206,7 @@ def _phase(row: Mapping[str, Any], metric: str, order: Sequence[str]) -> tuple[s
     live = readable.spans(readable.in_order(row["live"], order))
     if row.get("skipped"):
         before = readable.figure(metric, row["metric_before"])
-        return (row["name"], live, "skipped", "", before, "", "", "", "", "", "")
+        return (row["name"], live, "skipped", "", before, "", "", "", "", "", "", "")
     held = {True: "same bits", False: "CHANGED", None: readable.NOTHING}
     return (
         row["name"],
@@ -217,6 +217,7 @@ def _phase(row: Mapping[str, Any], metric: str, order: Sequence[str]) -> tuple[s
         readable.figure(metric, row["metric_after"]),
         readable.seconds(row["seconds"]),
         readable.seconds(row["compile_seconds"]),
+        readable.seconds(row.get("stall_seconds")),
         readable.magnitude(row["flops_per_step"], "FLOP"),
         readable.magnitude(row["optimizer_bytes"], "B"),
         held[row.get("held_bit_equal")],
