@@ -1,12 +1,11 @@
 """Find the learning rates of a phase: one sweep under its own freeze, before anything is trained.
 
-The fields are those of `fine_tune`, so any of its configs will do:
+The fields are those of `fine_tune`, so its configs will do (without `ema` and `save_every`):
 
     python -m jtl --config=configs/quickstart.py --config.recipe=find_rate \
         --config.folder=runs/quickstart_rate
 """
 
-import difflib
 import itertools
 import pathlib
 import time
@@ -16,18 +15,20 @@ from typing import Any
 import jax
 
 from jtl import data as jdata
+from jtl import near
 from jtl.models.backbone import Backbone
 from jtl.models.model import Model
 from jtl.recipes import identity, tasks
-from jtl.recipes.datasets import EVALUATION_ROWS, check_sources
+from jtl.recipes.datasets import check_sources, make_datasets
 from jtl.recipes.finetune import DEFAULT_PLAN, _attached, _opened, _origin
 from jtl.recipes.optimizers import adamw
 from jtl.recipes.predict import Predictor
-from jtl.recipes.training import Job, Settings, _with_columns, make_parts
-from jtl.recipes.views import make_view
+from jtl.recipes.supply import Supply, make_supply
+from jtl.recipes.training import Job, Settings, make_parts
 from jtl.report import console, jsonfile, rates, record
+from jtl.train import parallel as parallels
 from jtl.train import schedules, sweep
-from jtl.train.compile import enable_cache, make_compiled
+from jtl.train.compile import enable_cache
 from jtl.train.optimizer import phase_optimizer
 from jtl.train.plan import Phase, check_plan
 from jtl.train.state import create
@@ -54,7 +55,12 @@ def find_rate(
     max_length: int | None = None,
     clip: float | None = 1.0,
     accumulate: int = 1,
+    parallel: str = "jit",
     columns_mib: int = 2048,
+    columns_disk_mib: int = 8192,
+    columns_folder: str | None = None,
+    dtype: str = "float32",
+    remat: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -84,7 +90,12 @@ def find_rate(
         max_length: longest text in tokens.
         clip: largest global norm of the live gradient.
         accumulate: microbatches a step.
+        parallel: how the sweep lies on the devices.
         columns_mib: memory for derived columns, MiB.
+        columns_disk_mib: of the folder of columns.
+        columns_folder: of these columns.
+        dtype: of the computation.
+        remat: compute the inside of each block again in the backward pass.
         seed: of order, dropout and fresh weights.
         overwrite: sweep anew where a sweep lies.
         config: what `config.json` shows; None shows the options given here.
@@ -99,7 +110,10 @@ def find_rate(
         ValueError: a bad input, or a sweep too short to read.
     """
     began = time.perf_counter()
-    settings = Settings(optimizer or adamw(), batch_size, clip, accumulate, columns_mib=columns_mib)
+    settings = Settings(
+        *(optimizer or adamw(), batch_size, clip, accumulate, parallel, None),
+        *(columns_mib, columns_disk_mib, columns_folder),
+    )
     start, _ = _opened(backbone)
     check_sources(data)
     sweeping = {"lowest": lowest, "highest": highest, "steps": steps, "smoothing": smoothing}
@@ -114,6 +128,8 @@ def find_rate(
         "buckets": buckets,
         "max_length": max_length,
         "seed": seed,
+        "dtype": dtype,
+        "remat": remat,
         "phase": phase,
         **sweeping,
         **settings._replace(optimizer="given" if optimizer else "adamw")._asdict(),
@@ -124,14 +140,13 @@ def find_rate(
         return place.result
     enable_cache()
     job_task = task(data["train"])
-    model = _attached(start, head, job_task, seed)
+    model = _attached(start, head, job_task, seed).computing(dtype, remat=remat)
     console.loaded(model.backbone.source, model.backbone.report)
-    inputs = model.backbone.inputs
-    train = jdata.encode(data["train"], inputs, buckets=buckets, max_length=max_length)
+    datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     phases = list(plan(model.groups, (head,)))
     check_plan(phases, (*model.groups, *model.heads))
     chosen = _phase(phases, phase)
-    job = Job(model, head, job_task, {"train": train}, [chosen], seed)
+    job = Job(model, head, job_task, datasets, [chosen], seed)
     kept = tuple(start.heads) if isinstance(start, Model) else ()
     readings = _swept(job, settings, make_parts(job, penalties, kept), sweeping)
     result = _result(chosen, readings, steps) | {
@@ -153,9 +168,9 @@ def _phase(phases: Sequence[Phase], name: str | None) -> Phase:
     if name is None:
         return phases[0]
     if name not in named:
-        near = difflib.get_close_matches(name, named, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"the plan has no phase {name!r}; it has {list(named)}{hint}")
+        raise ValueError(
+            f"the plan has no phase {name!r}; it has {list(named)}{near.nearest(name, named)}"
+        )
     return named[name]
 
 
@@ -166,35 +181,38 @@ def _swept(
     model, (phase,) = job.model, job.plan
     options = dict(sweeping)
     smoothing = options.pop("smoothing")
+    spread = parallels.make_spread(settings.parallel)
+    parallels.check_batch_size(spread, settings.batch_size, accumulate=settings.accumulate)
+    ready = make_supply(job, settings, spread, parts)
+    batches = _batches(ready, options["steps"])
     txs: dict[str, Any] = dict.fromkeys(phase.live, settings.optimizer)
     tx = phase_optimizer(txs, model.labels, phase.live, phase.live)
-    terms = {job.task.kind: job.task.term(job.head), **{part.name: part.term for part in parts}}
-    made = sweep.sweep_rates(phase.rates, **options)
-    how = {"clip": settings.clip, "accumulate": settings.accumulate}
-    step = make_compiled(make_step(model.apply, terms, tx, model.labels, made, **how))
     refs = {name: value for part in parts for name, value in part.refs.items()}
     key = jax.random.fold_in(jax.random.key(job.seed), 1)
-    state = create(model.params, model.stats, tx, refs=refs, key=key)
-    dataset = _seen(job, settings, parts, options["steps"])
-    batches = jdata.batches(dataset, settings.batch_size, seed=job.seed)
+    state = parallels.place(spread, create(model.params, model.stats, tx, refs=refs, key=key))
+    made = make_step(
+        (model if spread.axis_name is None else model.on_axis(spread.axis_name)).apply,
+        {job.task.kind: job.task.term(job.head), **{part.name: part.term for part in parts}},
+        *(tx, model.labels, sweep.sweep_rates(phase.rates, **options)),
+        clip=settings.clip,
+        accumulate=settings.accumulate,
+        axis_name=spread.axis_name,
+    )
+    step = parallels.compiled(spread, made)
     readings = sweep.sweep(state, batches, step, smoothing=smoothing, **options)
     return list(_shown(readings, phase, model.groups, settings.batch_size, options["steps"]))
 
 
-def _seen(job: Job, settings: Settings, parts: Sequence[Any], steps: int) -> jdata.Dataset:
-    """Return the training data, from the phase's border on where that saves work."""
-    dataset = _with_columns(job.datasets["train"], parts)
-    if dataset.size > steps * settings.batch_size:
-        return dataset  # the sweep sees a part of it, and the columns would be those of all
-    model, (phase,) = job.model, job.plan
-    view = make_view(
-        model,
-        dataset,
-        [phase.live],
-        batch_size=min(EVALUATION_ROWS, dataset.size),
-        budget_bytes=settings.columns_mib * 2**20,
-    )
-    return view(phase.live, model.params, model.stats)
+def _batches(ready: Supply, steps: int) -> Iterator[dict[str, Any]]:
+    """Yield the batches of this process, from the phase's border on where that saves work."""
+    model, (phase,), size = ready.job.model, ready.job.plan, ready.settings.batch_size
+    dataset = ready.train
+    if dataset.size <= steps * size:  # else the columns would be of more than the sweep sees
+        dataset = ready.views["train"](phase.live, model.params, model.stats)
+    mine = parallels.rows(ready.spread, size)
+    for batch in jdata.batches(dataset, size, seed=ready.job.seed):
+        own = {name: column[mine] for name, column in batch.items()}
+        yield parallels.put(ready.spread, own)
 
 
 def _shown(

@@ -1,11 +1,11 @@
 """A plan is a list of phases: which labels move, at which rates, for how long."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from jtl import near
 from jtl.train import schedules, spans
 from jtl.train.schedules import Rate
 
@@ -129,6 +129,30 @@ def check_plan(plan: Plan, labels: Iterable[str]) -> None:
         _check_length(phase)
 
 
+def check_spans(plan: Plan, steps_per_epoch: int, examples_per_epoch: int | None = None) -> None:
+    """Refuse a plan with a warm-up that does not fit its phase, before the first phase runs.
+
+    Args:
+        plan: the phases.
+        steps_per_epoch: of the training data.
+        examples_per_epoch: of the training data; needed where something counts examples.
+
+    >>> curve = schedules.Curve("constant", 0.1, "5 steps")
+    >>> check_spans([Phase("a", {"head": curve}, epochs=2)], steps_per_epoch=3)
+
+    Raises:
+        ValueError: the phase, the label, and what does not fit.
+    """
+    epoch = {"steps_per_epoch": steps_per_epoch, "examples_per_epoch": examples_per_epoch}
+    for phase in plan:
+        total = length(phase, **epoch)
+        for label, rate in phase.rates.items():
+            try:
+                schedules.resolve(rate, total, **epoch)
+            except ValueError as error:
+                raise ValueError(f"phase {phase.name!r}, rate of {label!r}: {error}") from None
+
+
 def _check_labels(phase: Phase, known: list[str]) -> None:
     if not phase.rates:
         raise ValueError(
@@ -136,9 +160,10 @@ def _check_labels(phase: Phase, known: list[str]) -> None:
         )
     unknown = sorted(phase.live - set(known))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f"; nearest to {unknown[0]!r}: {near}" if near else ""
-        raise ValueError(f"phase {phase.name!r} names {unknown}; the tree has {known}{hint}")
+        raise ValueError(
+            f"phase {phase.name!r} names {unknown}; the tree has {known}"
+            f"{near.nearest(unknown[0], known)}"
+        )
     for label, rate in phase.rates.items():
         schedules.check(rate)
         if not isinstance(rate, schedules.Curve) and callable(rate):

@@ -23,6 +23,7 @@ OPTIONS = {
     "buckets": 1,
     "steps": 40,
     "lowest": 1e-4,
+    "columns_disk_mib": 0,
 }
 
 

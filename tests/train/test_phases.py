@@ -4,6 +4,7 @@ import pytest
 
 from jtl.train import phases, schedules
 from jtl.train.phases import EarlyStop, Phase, Plateau
+from jtl.train.plan import check_spans
 
 GROUPS = ("stem", "block_0", "block_1", "block_2", "top")
 HEADS = ("head",)
@@ -242,9 +243,7 @@ GOOD = Phase("a", {"head": 0.1}, epochs=1)
 BAD_PLANS = {
     "the plan has no phases": [],
     "two phases bear one name.*'a', 'a'": [GOOD, GOOD],
-    "'a' names .'haed'.*'head', 'stem'.*nearest to 'haed'.*head": [
-        Phase("a", {"haed": 0.1}, epochs=1)
-    ],
+    "'a' names .'haed'.*'head', 'stem'.*did you mean 'head'": [Phase("a", {"haed": 0.1}, epochs=1)],
     "would move nothing": [Phase("a", {}, epochs=1)],
     r"lengths \{\}; give one": [Phase("a", {"head": 0.1})],
     "'epochs': 1, 'steps': 2": [Phase("a", {"head": 0.1}, epochs=1, steps=2)],
@@ -267,6 +266,17 @@ BAD_PLANS = {
 def test_a_plan_that_cannot_run_is_refused(message):
     with pytest.raises(ValueError, match=message):
         phases.check_plan(BAD_PLANS[message], ["head", "stem"])
+
+
+def test_a_warmup_longer_than_its_phase_is_found_before_the_run():
+    plan = [GOOD, Phase("b", {"head": schedules.Curve("constant", 0.1, "9 steps")}, epochs=2)]
+    check_spans(plan, 5)
+    with pytest.raises(
+        ValueError, match="phase 'b', rate of 'head': .*9 steps, and the phase has 8"
+    ):
+        check_spans(plan, 4)
+    with pytest.raises(ValueError, match="give steps_per_epoch and examples_per_epoch"):
+        check_spans([Phase("c", {"head": 0.1}, examples=32)], 4)
 
 
 @pytest.mark.parametrize("n", [0, 6])
