@@ -174,14 +174,14 @@ def test_moments_and_updates_are_float32_whatever_the_parameters_are(name):
     params = parameters(jnp.bfloat16)
     tx = OPTIMIZERS[name]()
     state = tx.init(params)
-    updates, new = jax.jit(tx.update)(gradients(0, params), state, params)
+    updates, new = tx.update(gradients(0, params), state, params)
     kinds = {
         x.dtype for x in jax.tree.leaves((state, new)) if jnp.issubdtype(x.dtype, jnp.floating)
     }
     assert kinds <= {np.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(updates)} == {np.dtype("float32")}
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    same, _ = jax.jit(tx.update)(gradients(0, params), tx.init(wide), wide)
+    same, _ = tx.update(gradients(0, params), tx.init(wide), wide)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), same, updates)
 
 

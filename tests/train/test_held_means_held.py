@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jtl import masks, trees
@@ -24,14 +24,17 @@ from jtl.train.step import make_step
 LIVE = frozenset(f"head/{name}" for name in OPTIMIZERS)
 EVER = LIVE | {f"block/{name}" for name in OPTIMIZERS}
 START = jnp.int32(0)
-AXES = {
-    "clip": (None, 0.1),
-    "decay": (0.0, 0.1),
-    "accumulate": (1, 2),
-    "ema": (None, 0.9),
-    "dtypes": (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")),
-}
-CASES = [dict(zip(AXES, case, strict=True)) for case in itertools.product(*AXES.values())]
+# Six cases in which every two choices of two axes meet.
+F32, MIXED, BF16 = ("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")
+AXES = ("clip", "decay", "accumulate", "ema", "dtypes")
+CASES = [
+    (None, 0.0, 1, None, F32),
+    (0.1, 0.1, 2, 0.9, F32),
+    (None, 0.0, 2, 0.9, MIXED),
+    (0.1, 0.1, 1, None, MIXED),
+    (None, 0.1, 1, 0.9, BF16),
+    (0.1, 0.0, 2, None, BF16),
+]
 
 # A NaN with a payload, an infinity, -0.0 and the smallest number: what arithmetic does not keep.
 ODD = np.array([0x7FC12345, 0x7F800000, 0x80000000, 0x00000001], np.uint32).view(np.float32)
@@ -96,15 +99,17 @@ def batch(seed):
     return {"x": np.float32(x), "y": np.float32(y)}
 
 
+# bfloat16 cannot tell their usual updates of leaves with small gradients.
+LARGER = {"adagrad": {"initial": 1e-6}, "lars": {"trust_coefficient": 1.0}}
+
+
 def transforms(decay=0.0):
     """Return {label: transform}: to each optimizer its block and its head."""
     txs = {}
     for name, make in OPTIMIZERS.items():
-        options = (
-            {"weight_decay": decay} if "weight_decay" in inspect.signature(make).parameters else {}
-        )
-        if name == "lars":
-            options["trust_coefficient"] = 1.0  # bfloat16 cannot tell its usual updates
+        options = dict(LARGER.get(name, {}))
+        if "weight_decay" in inspect.signature(make).parameters:
+            options["weight_decay"] = decay
         txs |= dict.fromkeys((f"block/{name}", f"head/{name}"), make(**options))
     return txs
 
@@ -156,17 +161,43 @@ def parts(state, groups):
     return found | {"slots": {n: s for n, s in slots if n.startswith(tuple(groups))}}
 
 
+def test_the_cases_are_all_pairs():
+    columns = list(zip(*CASES, strict=True))
+    for one, two in itertools.combinations(columns, 2):
+        assert set(zip(one, two, strict=True)) == set(itertools.product(set(one), set(two)))
+
+
 @pytest.mark.slow
-@settings(derandomize=True, deadline=None, max_examples=5, phases=(Phase.generate,), database=None)
-@given(case=st.sampled_from(CASES))
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_held_means_held(case):
-    before, after = trained(**case)
+    before, after = trained(**dict(zip(AXES, case, strict=True)))
     masks.assert_held(*(parts(state, ("stem", "block")) for state in (before, after)))
     moving = [parts(state, ("head",)) for state in (before, after)]
     for part in moving:
         part.pop("slots")
     still = set(masks.names(moving[0])) - set(trees.changes(*moving))
     assert not still
+
+
+@settings(derandomize=True, deadline=None, max_examples=30, database=None)
+@given(st.lists(st.sampled_from(["never", "later", "now"]), min_size=2, max_size=6), st.data())
+def test_any_plan_holds_what_it_does_not_name(when, data):
+    # A leaf for each label: what is held keeps its slots, what never moves has none.
+    labels = {f"p{i}": f"l{i}" for i in range(len(when))}
+    params = {name: np.float32(i + 1) for i, name in enumerate(labels)}
+    groups = dict(zip(labels.values(), when, strict=True))
+    ever = {label for label, at in groups.items() if at != "never"}
+    live = {label for label, at in groups.items() if at == "now"}
+    makes = [lambda: optax.sgd(1.0, momentum=0.9), lambda: optax.adamw(1.0, weight_decay=0.5)]
+    txs = {label: data.draw(st.sampled_from(makes))() for label in sorted(ever)}
+    tx = phase_optimizer(txs, labels, live, ever)
+    start = tx.init(params)
+    updates, state = tx.update(params, start, params)
+    assert {labels[name] for name, update in updates.items() if update != 0} == live
+    for label in groups:
+        before, after = start.inner_states[label], state.inner_states[label]
+        assert bool(trees.changes(before, after)) == (label in live)
+        assert bool(jax.tree.leaves(after)) == (label in ever)
 
 
 def test_what_never_moves_takes_no_slot_and_what_moves_takes_its_own():
@@ -189,29 +220,18 @@ def test_over_a_border_moments_go_on_and_a_new_group_starts_as_if_alone():
     txs = transforms(0.1)
     now, later = (phase_optimizer(txs, labels, live, EVER) for live in (LIVE, EVER))
     grads = jax.tree.map(lambda p: jnp.cos(3 * p), params)
-    update = jax.jit(now.update)
-    _, state = update(grads, now.init(params), params)
-    closed, opened = update(grads, state, params), jax.jit(later.update)(grads, state, params)
+    closing, opening = jax.jit(now.update), jax.jit(later.update)
+    _, state = closing(grads, now.init(params), params)
+    closed, opened = closing(grads, state, params), opening(grads, state, params)
     masks.assert_held(closed[0]["head"], opened[0]["head"])
-    for label in LIVE:
-        masks.assert_held(closed[1].inner_states[label], opened[1].inner_states[label])
-
-    @jax.jit
-    def first(grads, params):
-        starts = {name: txs[f"block/{name}"] for name in OPTIMIZERS}
-        return {
-            name: tx.update(grads[name], tx.init(params[name]), params[name])
-            for name, tx in starts.items()
-        }
-
-    for name, alone in first(grads["block"], params["block"]).items():
-        ours = opened[0]["block"][name], opened[1].inner_states[f"block/{name}"]
-        pairs = zip(jax.tree.leaves(alone), jax.tree.leaves(ours), strict=True)
-        for a, b in pairs:  # another program: equal to rounding
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+    fresh = opening(grads, later.init(params), params)
+    masks.assert_held(fresh[0]["block"], opened[0]["block"])
+    for name in OPTIMIZERS:
+        for label, one in ((f"head/{name}", closed), (f"block/{name}", fresh)):
+            masks.assert_held(one[1].inner_states[label], opened[1].inner_states[label])
 
 
-@pytest.mark.parametrize("accumulate", AXES["accumulate"])
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_norm_and_clip_are_over_the_live_leaves_alone(dtype, accumulate):
     # SGD at rate 1 under a clip of 0.01 takes a step of that length.
