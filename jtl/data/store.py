@@ -161,9 +161,7 @@ def _entries(store: Store) -> list[_Entry]:
         paths = list(store.place.iterdir())
     for path in paths:
         half = path.name.startswith(NEW)
-        if not half and not (path / INDEX).is_file():
-            continue  # not ours
-        with contextlib.suppress(OSError):  # removed by another run meanwhile
+        with contextlib.suppress(OSError):  # not ours, or removed by another run meanwhile
             used = (path if half else path / INDEX).stat().st_mtime
             files = list(path.glob("*.npy"))
             size = sum(file.stat().st_size for file in files)

@@ -95,7 +95,6 @@ def make_view(
     *,
     batch_size: int,
     store: data.Store | None = None,
-    budget_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> View:
     """Return `view(live, params, stats) -> Dataset` of one dataset for the phases of a plan.
@@ -110,12 +109,12 @@ def make_view(
         batch_size: rows at a time while columns are computed.
         store: of this view alone: its memory and, beyond it, its folder, where later runs find what
             was computed. Where a phase's column fits in neither, the phase reads raw columns and
-            the log says so. None is memory alone.
-        budget_bytes: of memory, where there is no store.
+            the log says so. None is memory alone, and so are several processes.
         progress: called with the rows done so far and all rows, while columns are computed.
     """
-    if store is None:
-        store = data.Store() if budget_bytes is None else data.Store(memory_bytes=budget_bytes)
+    store = store or data.Store()
+    if jax.process_count() > 1:  # all must take the same path, and their folders may differ
+        store = dataclasses.replace(store, disk_bytes=0)
     borders = tuple(dict.fromkeys(border for live in lives if (border := model.border(live))))
     return View(model, dataset, borders, batch_size, store, progress)
 
