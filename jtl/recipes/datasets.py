@@ -59,9 +59,5 @@ def make_datasets(
 
 def once(dataset: jdata.Dataset, rows: int = EVALUATION_ROWS) -> Iterator[dict[str, Any]]:
     """Return one pass over a dataset in order, `rows` a batch, less where it has fewer."""
-    return passed(dataset, min(rows, dataset.size))
-
-
-def passed(dataset: jdata.Dataset, rows: int) -> Iterator[dict[str, Any]]:
-    """Return one pass over a dataset in order, in batches of so many rows whatever its size."""
-    return jdata.batches(dataset, rows, shuffle=False, stop=jdata.steps_per_epoch(dataset, rows))
+    size = min(rows, dataset.size)
+    return jdata.batches(dataset, size, shuffle=False, stop=jdata.steps_per_epoch(dataset, size))

@@ -1,14 +1,15 @@
 """What a run reads: batches by process, derived columns, and the figures of an evaluation."""
 
+import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jtl import data as jdata
-from jtl.recipes.datasets import EVALUATION_ROWS, once, passed
+from jtl.recipes.datasets import EVALUATION_ROWS, once
 from jtl.recipes.identity import column_keys
 from jtl.recipes.job import Job, Settings
 from jtl.recipes.terms import Part
@@ -47,7 +48,8 @@ def make_supply(job: Job, settings: Settings, spread: Spread, parts: Sequence[Pa
     """
     jdata.plan(job.datasets["train"], settings.batch_size)  # refuses a batch larger than the data
     train = _with_columns(job.datasets["train"], parts, _store(settings, 1.0))
-    predict = evaluate.make_predict(job.model.apply, heads=(job.head,))
+    jit = functools.partial(parallel.split_forward, spread)
+    predict = evaluate.make_predict(job.model.apply, heads=(job.head,), jit=jit)
     return Supply(job, settings, spread, train, make_views(job, settings, train), predict)
 
 
@@ -107,11 +109,8 @@ def ahead(supply: Supply, begin: Any) -> run.Ahead | None:
         return [parallel.shapes(spread, batch) for batch in found]
 
     def warm(live: frozenset[str]) -> None:
-        rows = _evaluation_rows(spread, views["validation"].dataset)
-        found = views["validation"].shapes(live, rows)
-        if _spreads(spread):
-            found = [parallel.shapes(spread, batch) for batch in found]
-        supply.predict.warm(params, stats, found)
+        rows = min(EVALUATION_ROWS, views["validation"].dataset.size)
+        supply.predict.warm(params, stats, views["validation"].shapes(live, rows))
 
     return run.Ahead(shapes, *epoch(supply), warm)
 
@@ -120,7 +119,7 @@ def score(supply: Supply, params: Any, stats: Any, live: frozenset[str]) -> dict
     """Return the figures on the validation data."""
     job = supply.job
     dataset = supply.views["validation"](live, params, stats)
-    logits = supply.predict(params, stats, _passed(supply.spread, dataset))[job.head]
+    logits = supply.predict(params, stats, once(dataset))[job.head]
     return job.task.score(logits, job.datasets["validation"].labels)
 
 
@@ -135,22 +134,6 @@ def features(supply: Supply, views: Mapping[str, View], part: str) -> np.ndarray
     if part != "train":  # in training the step that meets them says more
         _check_finite(part, values)
     return values
-
-
-def _passed(spread: Spread, dataset: jdata.Dataset) -> Iterable[dict[str, Any]]:
-    """Return one pass over a dataset, its rows spread over the devices of this process."""
-    batches = passed(dataset, _evaluation_rows(spread, dataset))
-    return (parallel.put(spread, batch) for batch in batches) if _spreads(spread) else batches
-
-
-def _spreads(spread: Spread) -> bool:
-    """Several processes evaluate everything each: none of them has to gather what others found."""
-    return spread.mesh is not None and jax.process_count() == 1
-
-
-def _evaluation_rows(spread: Spread, dataset: jdata.Dataset) -> int:
-    devices, rows = parallel.size(spread), min(EVALUATION_ROWS, dataset.size)
-    return -(-rows // devices) * devices
 
 
 def _check_finite(part: str, features: np.ndarray) -> None:

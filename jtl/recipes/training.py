@@ -65,6 +65,7 @@ def make_engine(
     plan.check_plan(job.plan, (*job.model.groups, *job.model.heads))
     spread = _spread(settings)
     ready = supply.make_supply(job, settings, spread, parts)
+    plan.check_spans(job.plan, *supply.epoch(ready))
     kept = None
     if folder is not None:
         kept = checkpoint.open_checkpoints(folder, fingerprint={"config": dict(config or {})})

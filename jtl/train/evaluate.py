@@ -43,7 +43,9 @@ class Predict:
             self.forward.lower(params, stats, dict(batch)).compile()
 
 
-def make_predict(apply: Apply, *, heads: Sequence[str]) -> Predict:
+def make_predict(
+    apply: Apply, *, heads: Sequence[str], jit: Callable[..., Any] = jax.jit
+) -> Predict:
     """Return `predict(params, stats, batches) -> {head: values (n, ...)}`.
 
     Rows come in the order of `batch["index"]`, in float32; padding rows (mask False) are left out.
@@ -57,6 +59,8 @@ def make_predict(apply: Apply, *, heads: Sequence[str]) -> Predict:
     Args:
         apply: the forward pass; it runs with nothing live and no key.
         heads: keys of `out`.
+        jit: how `(params, stats, batch) -> values` is compiled; over several devices,
+            `parallel.split_forward` of their spread.
 
     Raises:
         ValueError: when called: no batches, a head that `out` lacks, two rows of one index, or
@@ -72,7 +76,7 @@ def make_predict(apply: Apply, *, heads: Sequence[str]) -> Predict:
             )
         return {name: out[name].astype(jnp.float32) for name in heads}
 
-    return Predict(tuple(heads), _forward(apply, values))
+    return Predict(tuple(heads), jit(_forward(apply, values)))
 
 
 def make_evaluate(apply: Apply, sums: Callable[[Any, Any], Any]) -> Evaluate:
@@ -91,7 +95,7 @@ def make_evaluate(apply: Apply, sums: Callable[[Any, Any], Any]) -> Evaluate:
     Raises:
         ValueError: when called: no batches, or statistics that an evaluation moved.
     """
-    forward = _forward(apply, sums)
+    forward = jax.jit(_forward(apply, sums))
 
     def evaluate(params: Any, stats: Any, batches: Iterable[Batch]) -> Any:
         total = None
@@ -104,7 +108,6 @@ def make_evaluate(apply: Apply, sums: Callable[[Any, Any], Any]) -> Evaluate:
 
 
 def _forward(apply: Apply, take: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    @jax.jit
     def forward(params: Any, stats: Any, batch: Batch) -> Any:
         out, moved = apply(params, stats, batch, key=None, live=frozenset())
         return take(out, batch), moved
