@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,6 +39,7 @@ class Cell:
         seed: of split, head and order.
         epochs: of the strategies with one phase.
         test: rows that are scored at the end.
+        buckets: jtl: padded lengths at most; each is compiled.
         columns: jtl: whether derived columns are used. PyTorch: whether features are cached.
         replay: PyTorch: epochs of each phase by name, as another run came to; None runs all.
         table: file of texts.
@@ -51,6 +53,7 @@ class Cell:
     seed: int
     epochs: int
     test: int = 2000
+    buckets: int = 2
     columns: bool = True
     replay: Mapping[str, float] | None = None
     table: str = REVIEWS
@@ -161,10 +164,11 @@ def _jtl(cell: Cell, data: Mapping[str, Any]) -> dict[str, Any]:
 
     compiling = _compile_clock()
     start = _start(cell, data)
-    began = time.perf_counter()
-    engine, datasets = start.engine()
-    last, evaluating = _drained(engine.events)
-    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory(prefix="jtl-columns-") as folder:
+        began = time.perf_counter()
+        engine, datasets = start.engine(folder)
+        last, evaluating = _drained(engine.events)
+        seconds = time.perf_counter() - began
     compiled = sum(compiling)
     predict = make_predict(start.model.apply, heads=("head",))
     weights = (last.state.params, last.state.stats)
@@ -188,14 +192,15 @@ def _jtl_probe(cell: Cell, data: Mapping[str, Any]) -> dict[str, Any]:
 
     compiling = _compile_clock()
     start = _start(cell, data)
-    began = time.perf_counter()
-    engine, datasets = start.engine()
-    labels = {part: dataset.labels for part, dataset in datasets.items()}
-    features = {part: engine.features(part) for part in ("train", "validation")}
-    fitted = verdict.probe(start.task, features, labels)
-    seconds = time.perf_counter() - began
-    compiled = sum(compiling)
-    logits = fitted(engine.features("test"))
+    with tempfile.TemporaryDirectory(prefix="jtl-columns-") as folder:
+        began = time.perf_counter()
+        engine, datasets = start.engine(folder)
+        labels = {part: dataset.labels for part, dataset in datasets.items()}
+        features = {part: engine.features(part) for part in ("train", "validation")}
+        fitted = verdict.probe(start.task, features, labels)
+        seconds = time.perf_counter() - began
+        compiled = sum(compiling)
+        logits = fitted(engine.features("test"))
     return {
         "accuracy": start.task.score(logits, labels["test"])["accuracy"],
         "examples_per_second": cell.size / seconds,
@@ -213,14 +218,14 @@ class _Start:
     model: Any
     task: Any
 
-    def engine(self) -> tuple[Any, Any]:
-        """Return the run and the encoded splits."""
+    def engine(self, folder: str) -> tuple[Any, Any]:
+        """Return the run and the encoded splits; columns go to an empty folder, never reused."""
         from jtl import data as jdata
         from jtl.recipes import datasets as datasets_of
         from jtl.recipes import optimizers, training
 
         cell, model = self.cell, self.model
-        datasets = datasets_of.make_datasets(model, self.data)
+        datasets = datasets_of.make_datasets(model, self.data, buckets=cell.buckets)
         plan = plan_of(cell.strategy, model.groups, cell.epochs)
         few = dict(datasets)
         if cell.strategy not in (*WATCHED, "probe"):
@@ -228,8 +233,9 @@ class _Start:
             rows = self.data["validation"].take(np.arange(8))
             lengths = datasets["train"].buckets
             few["validation"] = jdata.encode(rows, model.backbone.inputs, buckets=lengths)
-        settings = training.Settings(optimizers.adamw(), batch_size=BATCH)
-        settings = settings if cell.columns else settings._replace(columns_mib=0)
+        settings = training.Settings(optimizers.adamw(), BATCH, columns_folder=folder)
+        if not cell.columns:
+            settings = settings._replace(columns_mib=0, columns_disk_mib=0)
         job = training.Job(model, "head", self.task, few, plan, cell.seed)
         return training.make_engine(job, settings), datasets
 

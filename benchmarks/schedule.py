@@ -78,7 +78,8 @@ def main() -> None:
 
 
 def _of_seed(figure: str, seed: int, options: Any) -> list[dict[str, Any]]:
-    base = Cell("jtl", "head", options.size, seed, options.epochs, options.test)
+    buckets = 1 if options.quick else 2
+    base = Cell("jtl", "head", options.size, seed, options.epochs, options.test, buckets)
     with _trainers(options.quick) as train:
         if figure == "feature_extraction":
             sides = _feature_sides(base, train, options.quick)
@@ -100,9 +101,6 @@ def _trainers(quick: bool) -> Iterator[Train]:
     with contextlib.ExitStack() as stack:
         xla: list[str] = []
 
-        def folder() -> str:
-            return stack.enter_context(tempfile.TemporaryDirectory(prefix="jtl-schedule-"))
-
         def train(cell: Cell, *, warm: bool = False) -> dict[str, Any]:
             what = f"{cell.side}, {cell.strategy}, columns {cell.columns}, warm {warm}"
             measure.say(what)
@@ -110,9 +108,9 @@ def _trainers(quick: bool) -> Iterator[Train]:
                 if quick:
                     return reviews.train(cell)
                 if not warm:
-                    xla.append(folder())
-                own = {"JAX_COMPILATION_CACHE_DIR": xla[-1], "XDG_CACHE_HOME": folder()}
-                return reviews.apart(cell, **(own if cell.side == "jtl" else {}))
+                    folder = tempfile.TemporaryDirectory(prefix="jtl-xla-")
+                    xla.append(stack.enter_context(folder))
+                return reviews.apart(cell, JAX_COMPILATION_CACHE_DIR=xla[-1])
             except Exception as error:
                 if cell.side == "jtl":
                     raise
