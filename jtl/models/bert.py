@@ -113,7 +113,8 @@ class _Embeddings(nn.Module):
     def _table(self, name: str, rows: int) -> nn.Embed:
         init = nn.initializers.normal(self.config.initializer_range)
         width = self.config.hidden_size
-        return nn.Embed(rows, width, dtype=self.dtype, embedding_init=init, name=name)
+        # float32 whatever the dtype: the gradient of a row is a sum over all tokens that took it.
+        return nn.Embed(rows, width, dtype=jnp.float32, embedding_init=init, name=name)
 
 
 def _ids(batch: Batch, config: BertConfig) -> jax.Array:

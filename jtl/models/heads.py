@@ -89,6 +89,8 @@ class Linear(nn.Module):
 class MaskedLM(nn.Module):
     """The masked-LM head of BERT: dense, activation, LayerNorm, decoder tied to the embedding.
 
+    It computes in the dtype of the tokens, with sums in float32.
+
     Attributes:
         dim: width of the tokens.
         vocabulary: number of tokens, rows of `out["table"]`.
@@ -109,11 +111,14 @@ class MaskedLM(nn.Module):
         self, out: Mapping[str, jax.Array], batch: Mapping[str, Any], live: bool = False
     ) -> jax.Array:
         """Return float32 logits (n, positions, vocabulary)."""
-        hidden = nn.Dense(self.dim, kernel_init=_kernel_init("normal"), name="dense")(out["tokens"])
-        hidden = activation(self.activation)(hidden)
-        hidden = nn.LayerNorm(epsilon=self.epsilon, use_fast_variance=False, name="LayerNorm")(
-            hidden
+        tokens = out["tokens"]
+        init = _kernel_init("normal")
+        dense = nn.Dense(self.dim, dtype=tokens.dtype, kernel_init=init, name="dense")
+        norm = nn.LayerNorm(
+            epsilon=self.epsilon, dtype=tokens.dtype, use_fast_variance=False, name="LayerNorm"
         )
+        hidden = norm(activation(self.activation)(dense(tokens)))
         bias = self.param("bias", nn.initializers.zeros, (self.vocabulary,))
-        logits = hidden.astype(jnp.float32) @ out["table"].astype(jnp.float32).T
+        table = out["table"].astype(tokens.dtype)
+        logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
         return logits + bias[None, None, :]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jtl import masks
 from jtl.models import backbone as stages
+from jtl.models import remat
 from jtl.models.backbone import Backbone, Batch, Out, variables
 
 
@@ -19,12 +20,14 @@ class Model:
 
     `params` is `{"backbone": ..., "heads": {name: ...}}`, `stats` is `{"backbone": ...}` or `{}`.
     The backbone's leaves bear the labels of their stages, a head's leaves the head's own name.
+    `remat` is set by `computing`.
     """
 
     backbone: Backbone
     heads: Mapping[str, Any]
     params: dict[str, Any]
     stats: dict[str, Any]
+    remat: bool = False
 
     @property
     def rules(self) -> tuple[tuple[str, str], ...]:
@@ -68,9 +71,12 @@ class Model:
         parts = 1 + len(self.heads)
         keys = [None] * parts if key is None else list(jax.random.split(key, parts))
         own = variables(params["backbone"], stats.get("backbone", {}))
-        out, moved = self.backbone.module.apply(
-            own, batch, live, rngs=_rngs(keys[0]), mutable=["batch_stats"] if stats else []
-        )
+        module, rngs = self.backbone.module, _rngs(keys[0])
+        if self.remat:
+            out, moved = remat.apply(module, self.labels["backbone"], own, batch, live, rngs)
+        else:
+            mutable = ["batch_stats"] if stats else []
+            out, moved = module.apply(own, batch, live, rngs=rngs, mutable=mutable)
         out = dict(out)
         stats = {"backbone": moved["batch_stats"]} if stats else stats
         tied = any(head.tied for head in self.heads.values())
@@ -122,11 +128,40 @@ class Model:
         out, _ = self.apply(params, stats, batch)
         return next((name for name in self.heads if not _finite(out[name])), None)
 
+    def computing(self, dtype: Any = None, *, remat: bool | None = None) -> "Model":
+        """Return the model with another way to compute; parameters and statistics stay float32.
+
+        Whatever the dtype, the softmax, the statistics of the norms, the mean over tokens, the sums
+        of embeddings and the logits are float32; columns of `prefix` are in the dtype.
+
+        Args:
+            dtype: "float32" or "bfloat16" (the dtype itself will do); None leaves it.
+            remat: whether the backward pass computes the inside of each block again instead of
+                keeping it: less memory for one more forward pass of the blocks that it reaches,
+                and the same numbers. Held blocks below the lowest live one run once. None leaves
+                it.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        remat = self.remat if remat is None else remat
+        if dtype is None:
+            return dataclasses.replace(self, remat=remat)
+        if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(
+                f"dtype is {jnp.dtype(dtype).name}; models compute in float32 or bfloat16 "
+                "(float16 would need its losses scaled); give one of the two"
+            )
+        return dataclasses.replace(self._with(dtype=jnp.dtype(dtype)), remat=remat)
+
     def on_axis(self, axis_name: str) -> "Model":
         """Return the model with BatchNorm statistics taken over the devices of a pmapped axis."""
         if not hasattr(self.backbone.module, "axis_name"):
             return self
-        module = self.backbone.module.clone(axis_name=axis_name)
+        return self._with(axis_name=axis_name)
+
+    def _with(self, **fields: Any) -> "Model":
+        module = self.backbone.module.clone(**fields)
         return dataclasses.replace(self, backbone=dataclasses.replace(self.backbone, module=module))
 
 

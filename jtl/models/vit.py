@@ -150,8 +150,10 @@ class _Embeddings(nn.Module):
         first = self.param("cls_token", init, (1, 1, width))
         places = self.param("position_embeddings", init, (1, config.patches + 1, width))
         hidden = _Patches(config, self.dtype, name="patch_embeddings")(images)
-        first = jnp.broadcast_to(first.astype(self.dtype), (hidden.shape[0], 1, width))
-        hidden = jnp.concatenate([first, hidden], axis=1) + places.astype(self.dtype)
+        first = jnp.broadcast_to(first, (hidden.shape[0], 1, width))
+        # Added in float32 whatever the dtype: their gradients are sums over all rows.
+        hidden = jnp.concatenate([first, hidden.astype(jnp.float32)], axis=1) + places
+        hidden = hidden.astype(self.dtype)
         return nn.Dropout(config.hidden_dropout_prob, deterministic=not live)(hidden)
 
 
