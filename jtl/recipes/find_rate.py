@@ -20,9 +20,10 @@ from jtl.models.backbone import Backbone
 from jtl.models.model import Model
 from jtl.recipes import identity, tasks
 from jtl.recipes.datasets import check_sources, make_datasets
-from jtl.recipes.finetune import DEFAULT_PLAN, _attached, _opened, _origin
+from jtl.recipes.finetune import DEFAULT_PLAN
 from jtl.recipes.optimizers import adamw
 from jtl.recipes.predict import Predictor
+from jtl.recipes.start import attached, opened, origin
 from jtl.recipes.supply import Supply, make_supply
 from jtl.recipes.training import Job, Settings, make_parts
 from jtl.report import console, jsonfile, rates, record
@@ -114,12 +115,12 @@ def find_rate(
         *(optimizer or adamw(), batch_size, clip, accumulate, parallel, None),
         *(columns_mib, columns_disk_mib, columns_folder),
     )
-    start, _ = _opened(backbone)
+    start, _ = opened(backbone)
     check_sources(data)
     sweeping = {"lowest": lowest, "highest": highest, "steps": steps, "smoothing": smoothing}
     shown = {
         "recipe": "find_rate",
-        "backbone": _origin(start),
+        "backbone": origin(start),
         "data": identity.sources(data),
         "head": head,
         "task": identity.called(task),
@@ -140,7 +141,7 @@ def find_rate(
         return place.result
     enable_cache()
     job_task = task(data["train"])
-    model = _attached(start, head, job_task, seed).computing(dtype, remat=remat)
+    model = attached(start, head, job_task, seed).computing(dtype, remat=remat)
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     phases = list(plan(model.groups, (head,)))

@@ -11,18 +11,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
 from jtl.models.backbone import Backbone
 from jtl.models.export import export
-from jtl.models.model import Model, add_head, attach
+from jtl.models.model import Model
 from jtl.recipes import identity, tasks, verdict
 from jtl.recipes.datasets import check_sources, make_datasets, once
 from jtl.recipes.follow import Ended, follow, group_rows
 from jtl.recipes.optimizers import adamw
 from jtl.recipes.predict import Predictor
-from jtl.recipes.tasks import Task
+from jtl.recipes.start import attached, opened, origin
 from jtl.recipes.training import Engine, Job, Settings, make_engine, make_parts
 from jtl.report import console, html, record
 from jtl.train import phases
@@ -105,11 +102,11 @@ def fine_tune(
         *(batch_size, clip, accumulate, parallel, save_every),
         *(columns_mib, columns_disk_mib, columns_folder, ema),
     )
-    start, classes = _opened(backbone)
+    start, classes = opened(backbone)
     check_sources(data)
     shown = {
         "recipe": "fine_tune",
-        "backbone": _origin(start),
+        "backbone": origin(start),
         "data": identity.sources(data),
         "head": head,
         "task": identity.called(task),
@@ -128,7 +125,7 @@ def fine_tune(
         return run.result
     enable_cache()
     job_task = task(data["train"])
-    model = _attached(start, head, job_task, seed).computing(dtype, remat=remat or None)
+    model = attached(start, head, job_task, seed).computing(dtype, remat=remat or None)
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     job = Job(model, head, job_task, datasets, list(plan(model.groups, (head,))), seed)
@@ -146,36 +143,6 @@ def fine_tune(
     html.write_report(run.folder)
     console.finished(run.folder, result)
     return result
-
-
-def _opened(
-    backbone: Backbone | Model | Predictor,
-) -> tuple[Backbone | Model, dict[str, tuple[str, ...]]]:
-    """Return what training starts from, and the class names of the heads that it brings."""
-    if isinstance(backbone, Predictor):
-        return backbone.model, backbone.classes
-    return backbone, {}
-
-
-def _origin(start: Backbone | Model) -> dict[str, str]:
-    source = start.backbone.source if isinstance(start, Model) else start.source
-    return {"source": source, "weights": identity.weights(start.params)}
-
-
-def _attached(backbone: Backbone | Model, head: str, task: Task, seed: int) -> Model:
-    """Return the model with the task's head: a new one, or that of a model which has it."""
-    key = jax.random.key(seed)
-    if isinstance(backbone, Backbone):
-        return attach(backbone, {head: task.head}, key=key)
-    if head not in backbone.heads:
-        return add_head(backbone, head, task.head, key=key)
-    there = np.shape(backbone.params["heads"][head]["classifier"]["bias"])
-    if there != (task.head.outputs,):
-        raise ValueError(
-            f"the model's head {head!r} has {there[0]} outputs and the task {task.head.outputs}; "
-            "give the task a head of another name by head="
-        )
-    return backbone
 
 
 def _baselines(job: Job, engine: Engine) -> tuple[dict[str, Any], Any]:

@@ -1,0 +1,41 @@
+"""What training starts from: a pretrained backbone, a model, or a trained run; the head on it."""
+
+import jax
+import numpy as np
+
+from jtl.models.backbone import Backbone
+from jtl.models.model import Model, add_head, attach
+from jtl.recipes import identity
+from jtl.recipes.predict import Predictor
+from jtl.recipes.tasks import Task
+
+
+def opened(
+    backbone: Backbone | Model | Predictor,
+) -> tuple[Backbone | Model, dict[str, tuple[str, ...]]]:
+    """Return what training starts from, and the class names of the heads that it brings."""
+    if isinstance(backbone, Predictor):
+        return backbone.model, backbone.classes
+    return backbone, {}
+
+
+def origin(start: Backbone | Model) -> dict[str, str]:
+    """Return the name of the checkpoint, and a checksum of the weights."""
+    source = start.backbone.source if isinstance(start, Model) else start.source
+    return {"source": source, "weights": identity.weights(start.params)}
+
+
+def attached(backbone: Backbone | Model, head: str, task: Task, seed: int) -> Model:
+    """Return the model with the task's head: a new one, or that of a model which has it."""
+    key = jax.random.key(seed)
+    if isinstance(backbone, Backbone):
+        return attach(backbone, {head: task.head}, key=key)
+    if head not in backbone.heads:
+        return add_head(backbone, head, task.head, key=key)
+    there = np.shape(backbone.params["heads"][head]["classifier"]["bias"])
+    if there != (task.head.outputs,):
+        raise ValueError(
+            f"the model's head {head!r} has {there[0]} outputs and the task {task.head.outputs}; "
+            "give the task a head of another name by head="
+        )
+    return backbone
