@@ -86,7 +86,7 @@ def test_a_small_model_is_held_against_its_flops_not_the_aims():
 
 def test_rows_of_a_run_by_hand():
     times = {
-        "head": held_prefix.PhaseTime([10.0, 0.6, 0.4], 0.05, None, None, 1.0),
+        "head": held_prefix.PhaseTime([0.2, 0.6, 0.4], 0.05, None, None, 1.0),
         "last_block": held_prefix.PhaseTime([2.2, 2.0], 0.5, 3.0, 0.75, 0.0),
     }
     rows = {r["figure"]: r for r in freezing.run_rows(times, 8.0, 12, SECONDS)}
