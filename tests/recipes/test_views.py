@@ -219,6 +219,7 @@ def test_the_column_of_a_phase_comes_before_those_of_later_phases(texts):
     tight = _view(texts, _store(None, memory_mib=bulky - exact, disk_mib=0))
     tight(HEAD, *_start(texts))
     assert "hidden_2" in tight(LAST, *_start(texts)).derived and set(tight.derived) == {2}
+    assert "pooled" in tight(HEAD, *_start(texts)).derived and set(tight.derived) == {4}
 
 
 def test_teacher_outputs_have_keys_of_their_own(texts, tmp_path):
