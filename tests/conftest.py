@@ -1,13 +1,19 @@
 """Strict tests: eight CPU devices, no rank promotion, no network, shapes checked at run time."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MPLBACKEND", "agg")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # programs and columns, shared by all workers
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jtl-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402

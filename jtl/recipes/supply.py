@@ -14,6 +14,7 @@ from jtl.recipes.identity import column_keys
 from jtl.recipes.job import Job, Settings
 from jtl.recipes.terms import Part
 from jtl.recipes.views import View, make_view
+from jtl.report.counting import counting
 from jtl.train import evaluate, parallel, run
 from jtl.train.coming import Epoch
 from jtl.train.compile import shapes_of
@@ -63,6 +64,7 @@ def make_views(job: Job, settings: Settings, train: jdata.Dataset) -> dict[str, 
             *(job.model, dataset, lives),
             batch_size=min(EVALUATION_ROWS, dataset.size),
             store=_store(settings, dataset.size / rows),
+            progress=counting(f"columns of the {part} data"),
         )
         for part, dataset in datasets.items()
     }
@@ -153,10 +155,17 @@ def _with_columns(
         if part.columns is None:
             continue
         size = min(EVALUATION_ROWS, dataset.size)
-        keys = column_keys(part.columns, dataset, size, part.column_names)
+        keys = {}
+        if store.disk_bytes:  # they are read with care: every weight counts
+            keys = column_keys(part.columns, dataset, size, part.column_names)
         compute = jax.jit(part.columns)
+        show = counting(f"outputs for {part.name}")
         whole = jdata.derive(
-            dataset, size, compute, names=part.column_names, store=store, keys=keys
+            *(dataset, size, compute),
+            names=part.column_names,
+            store=store,
+            keys=keys,
+            progress=show,
         )
         if whole is None:
             raise ValueError(

@@ -46,7 +46,13 @@ def candidates(plan: Sequence[Phase], progress: Progress) -> list[Phase]:
 
 
 def prepare(
-    pool: Executor | None, ahead: Ahead | None, make: Make, phases: Sequence[Phase], state: Any
+    pool: Executor | None,
+    ahead: Ahead | None,
+    make: Make,
+    phases: Sequence[Phase],
+    state: Any,
+    *,
+    begun: Mapping[str, Any] | None = None,
 ) -> Coming:
     """Have the steps of phases made and compiled in the background, and return what will be there.
 
@@ -56,7 +62,12 @@ def prepare(
         make: `(phase, epoch) -> compiled step`.
         phases: the likelier first.
         state: of the run; all phases have the same shapes.
+        begun: what was asked for before: kept for these phases, dropped for others.
     """
+    begun, names = begun or {}, [phase.name for phase in phases]
+    for name, other in begun.items():
+        if name not in names:
+            other.cancel()
     if ahead is None or pool is None:
         return {}
     shapes, epoch = shapes_of(state), Epoch(ahead.steps_per_epoch, ahead.examples_per_epoch)
@@ -67,7 +78,9 @@ def prepare(
             step.prepare(shapes, ahead.shapes(phase.live))
         return epoch, step
 
-    coming = {phase.name: pool.submit(one, phase) for phase in phases}
+    fresh = [phase for phase in phases if phase.name not in begun]
+    coming = {name: begun[name] for name in names if name in begun}
+    coming |= {phase.name: pool.submit(one, phase) for phase in fresh}
     if ahead.warm is not None:
         for phase in phases:
             pool.submit(_quietly, ahead.warm, phase.live)
@@ -77,12 +90,9 @@ def prepare(
 def taken(coming: Mapping[str, Any], make: Make, phase: Phase, epoch: Epoch) -> tuple[Any, float]:
     """Return the step of a phase that begins, and the seconds that were spent waiting for it.
 
-    What was prepared for another phase and has not begun is dropped. A step that could not be
-    prepared, or was for data of another size, is made anew, so that an error comes up here.
+    A step that could not be prepared, or was for data of another size, is made anew, so that an
+    error comes up here.
     """
-    for name, other in coming.items():
-        if name != phase.name:
-            other.cancel()
     future = coming.get(phase.name)
     if future is None or future.cancel():
         return make(phase, epoch), 0.0

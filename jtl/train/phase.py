@@ -129,7 +129,9 @@ def run_phase(
                 yield event_of("step", at, phase, unread)
                 if later is None:
                     nearest = coming.candidates(job.plan, at.progress)
-                    later = coming.prepare(job.pool, job.ahead, job.make, nearest, at.state)
+                    later = coming.prepare(
+                        *(job.pool, job.ahead, job.make, nearest, at.state), begun=border.coming
+                    )
                 save = job.save_every is not None and at.progress.step % job.save_every == 0
         ended = time.perf_counter()
         stall = times.get("first", began) - border.since - times["paused"]

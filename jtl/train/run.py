@@ -6,6 +6,7 @@
 Logging, tables and stopping are plain lines of that loop.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from jtl import masks
 from jtl.train import failure, schedules
 from jtl.train import progress as rules
 from jtl.train.checkpoint import Checkpoints
-from jtl.train.coming import Epoch, prepare
+from jtl.train.coming import Coming, Epoch, prepare
 from jtl.train.compile import in_background, make_compiled
 from jtl.train.feed import Ahead, Feed
 from jtl.train.optimizer import phase_optimizer
@@ -89,8 +90,9 @@ def run(
     Whatever ends it early, an error, Ctrl-C or `close()`, the last good state is saved first; for a
     Ctrl-C in the body of the loop, hold the generator in `contextlib.closing`.
 
-    A step is started before the metrics of the one before it are read. While a phase runs, the
-    steps of those that may follow it are compiled in a thread, if `ahead` is given.
+    A step is started before the metrics of the one before it are read. If `ahead` is given, the
+    steps of the first two phases are compiled in a thread from the call of `run` on, and those of
+    the phases that may follow while a phase runs.
 
     Args:
         state: as `start_state` makes it; its arrays are taken.
@@ -152,19 +154,27 @@ def run(
         put=put,
         ahead=ahead,
     )
-    return _run(job, resumed(checkpoints, At(state, start), plan, labels))
+    at, background = resumed(checkpoints, At(state, start), plan, labels), contextlib.ExitStack()
+    job = job._replace(pool=background.enter_context(in_background()))
+    return _run(job, at, _first(job, at), background)
 
 
-def _run(job: Job, at: At) -> Generator[Event, None, None]:
+def _first(job: Job, at: At) -> Coming:
+    """Have the phases that come first compiled already, whatever happens until the run begins."""
+    first = job.plan[at.progress.phase : at.progress.phase + 2]
+    cold = None if job.ahead is None else job.ahead._replace(warm=None)  # evaluated at once
+    return prepare(job.pool, cold, job.make, first, at.state)
+
+
+def _run(
+    job: Job, at: At, coming: Coming, background: contextlib.ExitStack
+) -> Generator[Event, None, None]:
     if at.progress.history and not at.progress.entered:
         last = at.progress.history[-1]
         phase = job.plan[at.progress.phase - 1]
         yield event_of("skipped" if last.get("skipped") else "phase_end", at, phase, last)
-    with in_background() as pool:
-        job, first = job._replace(pool=pool), job.plan[at.progress.phase : at.progress.phase + 1]
-        began = time.perf_counter()
-        cold = None if job.ahead is None else job.ahead._replace(warm=None)  # evaluated at once
-        border = Border(began, coming=prepare(pool, cold, job.make, first, at.state))
+    with background:
+        border = Border(time.perf_counter(), coming=coming)
         while at.progress.phase < len(job.plan):
             phase = job.plan[at.progress.phase]
             if phase.series and phase.series in at.progress.ended:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import jtl
-from jtl.models.model import attach
+from jtl.models.model import add_head, attach
 from jtl.recipes import finetune, tasks, terms, training
 from jtl.recipes.datasets import make_datasets
 from jtl.report import record
@@ -135,6 +135,20 @@ def test_derived_columns_give_the_numbers_of_the_plain_path(ended, tmp_path, bac
     for name in ("accuracy", "loss"):
         figure = result["figures"]["validation"][name]
         assert plain["figures"]["validation"][name] == pytest.approx(figure, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_columns_in_files_give_the_same_bits_and_a_later_run_finds_them(
+    ended, tmp_path, backbone, data
+):
+    place = {"columns_mib": 0, "columns_disk_mib": 64, "columns_folder": str(tmp_path / "columns")}
+    first = jtl.fine_tune(backbone, data, folder=tmp_path / "first", **OPTIONS, **place)
+    second = jtl.fine_tune(backbone, data, folder=tmp_path / "second", **OPTIONS, **place)
+    assert _losses(tmp_path / "first") == _losses(tmp_path / "second") == _losses(ended)
+    assert first["target"] == second["target"] | {"seconds": first["target"]["seconds"]}
+    rows = [r["phases"][0] for r in (first, second)]
+    assert rows[0]["column_mib"] == 0 < rows[0]["disk_mib"]
+    assert rows[0]["reused"] == 0 < rows[1]["reused"]
 
 
 @pytest.mark.slow
@@ -306,7 +320,7 @@ def test_nan_in_training_data_names_step_term_block_and_row(tmp_path):
     with pytest.raises(NonFiniteError) as caught:
         jtl.fine_tune(backbone, data, folder=folder, plan=tiny.everything, batch_size=16)
     said = str(caught.value)
-    step = len(_losses(folder))
+    step = len(_losses(folder)) - 1  # the step that failed has a row too
     assert said.startswith(f"step {step}: the loss is not finite: term 'classification' is nan")
     assert "first block that is not finite is 'stem'" in said
     assert "'pixel_values' is not finite in examples [11] of the data" in said
@@ -384,11 +398,11 @@ def test_a_regression_has_numbers_for_answers(tmp_path, backbone, data):
 
 def test_add_head_keeps_all_that_is_there(ended):
     model = jtl.load(ended).model
-    more = finetune.add_head(model, "more", model.heads["head"], key=jax.random.key(0))
+    more = add_head(model, "more", model.heads["head"], key=jax.random.key(0))
     assert list(more.heads) == ["head", "more"]
     same = jax.tree.map(
         jnp.array_equal, model.params["heads"]["head"], more.params["heads"]["head"]
     )
     assert all(jax.tree.leaves(same))
     with pytest.raises(ValueError, match="has a head 'more' among .*; take another"):
-        finetune.add_head(more, "more", model.heads["head"], key=jax.random.key(0))
+        add_head(more, "more", model.heads["head"], key=jax.random.key(0))
