@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from jtl import config
+
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -19,8 +21,15 @@ def _run(code, **given):
     return vars(module)
 
 
-def test_there_are_two_blocks():
-    assert len(BLOCKS) == 2
+def test_there_are_three_blocks():
+    assert len(BLOCKS) == 3
+
+
+def test_the_plan_by_hand_is_a_plan():
+    given = dict(_run(BLOCKS[2])["plan"])
+    plan = config.build("plan", given, [f"block_{i}" for i in range(6)], ("head",))
+    assert [sorted(phase.live) for phase in plan] == [["head"], ["block_4", "block_5", "head"]]
+    assert plan[1].rates["block_5"] == pytest.approx(1e-4) and plan[1].until.patience == 1
 
 
 @pytest.mark.slow

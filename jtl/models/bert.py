@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import UNUSED, Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.layers import SelfAttention, activation, flat_dot
+from jtl.models.layers import Dropout, SelfAttention, activation, flat_dot
 
 POOLINGS = ("pooler", "cls", "mean")
 
@@ -108,7 +108,7 @@ class _Embeddings(nn.Module):
         hidden = hidden + self._table("token_type_embeddings", config.type_vocab_size)(types)
         places = self._table("position_embeddings", config.max_position_embeddings)(positions)
         hidden = _norm(config, self.dtype)(hidden + places)
-        return nn.Dropout(config.hidden_dropout_prob, deterministic=not live)(hidden)
+        return Dropout(config.hidden_dropout_prob, deterministic=not live)(hidden)
 
     def _table(self, name: str, rows: int) -> nn.Embed:
         init = nn.initializers.normal(self.config.initializer_range)
@@ -147,7 +147,7 @@ class _Output(nn.Module):
     @nn.compact
     def __call__(self, inner: jax.Array, residual: jax.Array, live: bool) -> jax.Array:
         inner = _dense(self.config.hidden_size, self.config, self.dtype)(inner)
-        drop = nn.Dropout(self.config.hidden_dropout_prob, deterministic=not live)
+        drop = Dropout(self.config.hidden_dropout_prob, deterministic=not live)
         return _norm(self.config, self.dtype)(drop(inner) + residual)
 
 

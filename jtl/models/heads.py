@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jtl.models.layers import activation
+from jtl.models.layers import Dropout, activation
 
 POOLINGS = ("cls", "mean")
 
@@ -81,7 +81,7 @@ class Linear(nn.Module):
     ) -> jax.Array:
         """Return float32 logits (n, outputs)."""
         features = pool(out, batch, self.pooling).astype(jnp.float32)
-        features = nn.Dropout(self.dropout, deterministic=not live)(features)
+        features = Dropout(self.dropout, deterministic=not live)(features)
         dense = nn.Dense(self.outputs, kernel_init=_kernel_init(self.start), name="classifier")
         return dense(features)
 

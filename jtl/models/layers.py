@@ -1,7 +1,8 @@
 """Layers that transformer families share: activations by name, attention, query-key-value blocks.
 
-Attention is a plain einsum with a float32 softmax on CPU and TPU. On GPU it is
-`jax.nn.dot_product_attention`, by cuDNN where its rules are met.
+Attention is a plain einsum with a float32 softmax on TPU, and on CPU the same products with their
+operands laid out for it. On GPU it is `jax.nn.dot_product_attention`, by cuDNN where its rules are
+met.
 """
 
 import functools
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Activation = Callable[[jax.Array], jax.Array]
-Implementation = Literal["einsum", "xla", "cudnn"]
+Implementation = Literal["einsum", "matmul", "xla", "cudnn"]
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:
@@ -68,12 +69,13 @@ def attention(
         value: of each head.
         mask: 1 or True at keys that are attended to, None for all. A row without any gets the mean
             over all keys, not NaN.
-        dropout: applied to the attention probabilities (n, heads, queries, keys); needs "einsum".
-        implementation: "einsum", "xla" or "cudnn"; None takes cuDNN on a GPU where its rules are
-            met, else "xla" on a GPU, else "einsum".
+        dropout: applied to the attention probabilities (n, heads, queries, keys); needs "einsum" or
+            "matmul".
+        implementation: "einsum", "matmul", "xla" or "cudnn"; None takes "matmul" on a CPU, cuDNN on
+            a GPU where its rules are met, else "xla" on a GPU, else "einsum".
 
     Raises:
-        ValueError: `dropout` with an implementation other than "einsum".
+        ValueError: `dropout` with "xla" or "cudnn".
 
     >>> x = jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1)
     >>> attention(0 * x, x, x).ravel().tolist()
@@ -82,12 +84,17 @@ def attention(
     [1.0, 1.0]
     """
     chosen = implementation or _implementation(query, key, mask, dropout)
-    if chosen != "einsum":
+    if chosen in ("xla", "cudnn"):
         if dropout is not None:
             raise ValueError(f"attention {chosen!r} has no dropout of probabilities; use 'einsum'")
         full = None if mask is None else _full_mask(mask, query.shape[1])
         return jax.nn.dot_product_attention(query, key, value, mask=full, implementation=chosen)
-    scores = jnp.einsum("nqhd,nkhd->nhqk", query / math.sqrt(query.shape[-1]), key)
+    query = query / math.sqrt(query.shape[-1])
+    if chosen == "einsum":
+        scores = jnp.einsum("nqhd,nkhd->nhqk", query, key)
+    else:
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        scores = _matmul(query, _laid_out(key))
     scores = scores.astype(jnp.float32)
     if mask is not None:
         bias = jnp.where(mask.astype(bool), 0.0, jnp.finfo(jnp.float32).min)
@@ -95,7 +102,35 @@ def attention(
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     if dropout is not None:
         probabilities = dropout(probabilities)
-    return jnp.einsum("nhqk,nkhd->nqhd", probabilities, value)
+    if chosen == "einsum":
+        return jnp.einsum("nhqk,nkhd->nqhd", probabilities, value)
+    return _matmul(probabilities, value).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply stacks of matrices; the gradient's operands are transposed in memory beforehand.
+
+    XLA's product on a CPU is slow on operands that it has to read across the rows.
+    """
+    return jnp.matmul(a, b)
+
+
+def _matmul_forward(a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.matmul(a, b), (a, b)
+
+
+def _matmul_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, ...]:
+    a, b = kept
+    return jnp.matmul(g, _laid_out(b)), jnp.matmul(_laid_out(a), g)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _laid_out(x: jax.Array) -> jax.Array:
+    """Return the transpose of the last two axes, written out."""
+    return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
 
 
 def _full_mask(mask: jax.Array, queries: int) -> jax.Array:
@@ -105,6 +140,8 @@ def _full_mask(mask: jax.Array, queries: int) -> jax.Array:
 
 def _implementation(query: Any, key: Any, mask: Any, dropout: Any) -> Implementation:
     """Choose by backend; cuDNN wants Ampere, 16 bits, small heads, even lengths with a mask."""
+    if jax.default_backend() == "cpu":
+        return "matmul"
     if dropout is not None or jax.default_backend() != "gpu":
         return "einsum"
     ampere = float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8.0
@@ -139,6 +176,35 @@ def flat_dot(
         preferred_element_type=preferred_element_type,
     )
     return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+
+
+class Dropout(nn.Module):
+    """Dropout as `nn.Dropout`, two numbers for each 32 bits drawn: on a CPU drawing is what it costs.
+
+    The rate is kept to 1/65536, and what stays is divided by the exact share that stays.
+
+    Attributes:
+        rate: share of the numbers that become zero, in [0, 1).
+        deterministic: whether the input passes as it is.
+    """
+
+    rate: float
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Return numbers of the shape of the input."""
+        if not 0.0 <= self.rate < 1.0:
+            raise ValueError(f"dropout is {self.rate}; a rate is in [0, 1); give 0 for none")
+        dropped = round(self.rate * 65536)
+        if self.deterministic or not dropped:
+            return inputs
+        key = self.make_rng("dropout")
+        *rows, last = inputs.shape
+        words = jax.random.bits(key, (*rows, -(-last // 2)), jnp.uint32)
+        halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*rows, -1)[..., :last]
+        kept = halves >= dropped
+        return jnp.where(kept, inputs * (65536 / (65536 - dropped)), 0.0).astype(inputs.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -184,5 +250,5 @@ class SelfAttention(nn.Module):
         )
         drop = None
         if live and self.dropout > 0:
-            drop = nn.Dropout(self.dropout, deterministic=False)
+            drop = Dropout(self.dropout, deterministic=False)
         return attention(query, key, value, mask=mask, dropout=drop).reshape(hidden.shape)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import UNUSED, Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.layers import SelfAttention, activation, flat_dot
+from jtl.models.layers import Dropout, SelfAttention, activation, flat_dot
 from jtl.models.pixels import pixels
 
 POOLINGS = ("cls", "mean", "pooler")
@@ -154,7 +154,7 @@ class _Embeddings(nn.Module):
         # Added in float32 whatever the dtype: their gradients are sums over all rows.
         hidden = jnp.concatenate([first, hidden.astype(jnp.float32)], axis=1) + places
         hidden = hidden.astype(self.dtype)
-        return nn.Dropout(config.hidden_dropout_prob, deterministic=not live)(hidden)
+        return Dropout(config.hidden_dropout_prob, deterministic=not live)(hidden)
 
 
 class _Output(nn.Module):
@@ -166,7 +166,7 @@ class _Output(nn.Module):
     @nn.compact
     def __call__(self, inner: jax.Array, live: bool) -> jax.Array:
         inner = _dense(self.config.hidden_size, self.config, self.dtype)(inner)
-        return nn.Dropout(self.config.hidden_dropout_prob, deterministic=not live)(inner)
+        return Dropout(self.config.hidden_dropout_prob, deterministic=not live)(inner)
 
 
 class _Attention(nn.Module):

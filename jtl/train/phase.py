@@ -124,7 +124,7 @@ def run_phase(
                 _check(job, timed(newest), phase, feed, unread)
                 if state is None:
                     raise ValueError(_ended(phase, at.progress.step))
-                times.setdefault("first", time.perf_counter())
+                times.setdefault("border", time.perf_counter() - border.since - times["paused"])
                 at, unread = At(state, rules.advance(at.progress), at.best), Late(metrics)
                 yield event_of("step", at, phase, unread)
                 if later is None:
@@ -134,9 +134,9 @@ def run_phase(
                     )
                 save = job.save_every is not None and at.progress.step % job.save_every == 0
         ended = time.perf_counter()
-        stall = times.get("first", began) - border.since - times["paused"]
         at, held = _left(job, timed(at), phase, total)
-        at = _with_row(at, feed, step, {"border_seconds": stall, "compile_wait_seconds": waited})
+        spent = {"border_seconds": times.get("border", 0.0), "compile_wait_seconds": waited}
+        at = _with_row(at, feed, step, spent)
         save_at(job.checkpoints, at)
     except BaseException:
         save_at(job.checkpoints, timed(at), wait=True)

@@ -157,3 +157,61 @@ def test_self_attention_without_bias_has_kernels_alone():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="3 attention heads do not divide the width 8"):
         layers.SelfAttention(8, 3).init(jax.random.key(0), jnp.zeros((1, 2, 8)))
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 48), (64, 32, 47), (4096, 1)])
+def test_dropout_keeps_its_share_and_the_mean(shape):
+    module = layers.Dropout(0.25)
+    inputs = jnp.ones(shape)
+    out = np.asarray(module.apply({}, inputs, rngs={"dropout": jax.random.key(0)}))
+    assert set(np.unique(out)) == {0.0, np.float32(4 / 3)}
+    count = out.size
+    spread = 5 * math.sqrt(0.25 * 0.75 / count)
+    assert abs(float((out > 0).mean()) - 0.75) < spread
+    if shape[-1] > 1:  # the two halves of a word are independent
+        pairs = (out[..., :-1] > 0) & (out[..., 1:] > 0)
+        assert abs(pairs.mean() - 0.75**2) < 6 / math.sqrt(count)
+    again = module.apply({}, inputs, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(out, again)
+    other = module.apply({}, inputs, rngs={"dropout": jax.random.key(1)})
+    assert np.any(out != np.asarray(other))
+
+
+def test_dropout_in_evaluation_and_at_rate_0_is_nothing():
+    inputs = jnp.arange(6.0).reshape(2, 3)
+    assert layers.Dropout(0.5, deterministic=True).apply({}, inputs) is inputs
+    assert layers.Dropout(0.0).apply({}, inputs) is inputs
+    with pytest.raises(ValueError, match=r"dropout is 1.0; a rate is in"):
+        layers.Dropout(1.0).apply({}, inputs, rngs={"dropout": jax.random.key(0)})
+
+
+def test_dropout_gives_its_gradient_to_what_it_keeps():
+    def total(x):
+        return jnp.sum(layers.Dropout(0.5).apply({}, x, rngs={"dropout": jax.random.key(3)}) ** 2)
+
+    x = jnp.arange(1.0, 9.0).reshape(2, 4)
+    out = layers.Dropout(0.5).apply({}, x, rngs={"dropout": jax.random.key(3)})
+    np.testing.assert_allclose(jax.grad(total)(x), 4.0 * out, rtol=1e-6)
+
+
+def test_attention_laid_out_for_a_cpu_has_the_numbers_and_gradients_of_einsum():
+    rng = np.random.default_rng(0)
+    query, key, value, weight = (
+        jnp.asarray(rng.normal(size=(2, 5, 3, 4)), jnp.float32) for _ in range(4)
+    )
+    mask = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+    def loss(chosen):
+        def one(query, key, value):
+            out = layers.attention(query, key, value, mask=mask, implementation=chosen)
+            return jnp.sum(out * weight), out
+
+        return jax.grad(one, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+    grads, out = loss("matmul")
+    expected, there = loss("einsum")
+    np.testing.assert_allclose(out, there, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
