@@ -179,7 +179,7 @@ def flat_dot(
 
 
 class Dropout(nn.Module):
-    """Dropout as `nn.Dropout`, two numbers for each 32 bits drawn: on a CPU drawing is what it costs.
+    """Dropout as `nn.Dropout`, with two numbers for each 32 bits: on a CPU, drawing is its cost.
 
     The rate is kept to 1/65536, and what stays is divided by the exact share that stays.
 
