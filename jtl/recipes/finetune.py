@@ -4,6 +4,7 @@
 backbone gives, run the plan, score both on the untouched test split, write the run folder.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -134,8 +135,9 @@ def fine_tune(
     engine = make_engine(job, settings, parts=parts, folder=place)
     rows = group_rows(job)
     console.groups(rows, [phase.name for phase in job.plan])
-    baselines, probed = _baselines(job, engine)
-    ended = follow(run, job, engine)
+    with contextlib.closing(engine.events):
+        baselines, probed = _baselines(job, engine)
+        ended = follow(run, job, engine)
     tuned = dataclasses.replace(model, params=ended.params, stats=ended.stats)
     result = _result(run, job, baselines, probed, tuned, ended, began) | {"groups": rows}
     export(run.folder / record.MODEL, tuned, labels={**classes, head: job_task.classes})

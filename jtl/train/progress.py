@@ -30,7 +30,7 @@ class Progress:
         best_step: the step of it.
         bad_epochs: evaluations since then.
         seconds: spent in this phase, over interruptions.
-        compile_seconds: of these, compiling its step.
+        compile_seconds: compiling its step, also those while another phase ran.
         held: digests of what is held in this phase, taken at its start.
         ended: series that a plateau ended.
         history: a row for each phase that ended or was skipped.

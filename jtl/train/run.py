@@ -156,7 +156,9 @@ def run(
     )
     at, background = resumed(checkpoints, At(state, start), plan, labels), contextlib.ExitStack()
     job = job._replace(pool=background.enter_context(in_background()))
-    return _run(job, at, _first(job, at), background)
+    events = _run(job, at, _first(job, at), background)
+    next(events)  # begun, so that `close` ends the thread too if nobody iterates
+    return events
 
 
 def _first(job: Job, at: At) -> Coming:
@@ -168,12 +170,13 @@ def _first(job: Job, at: At) -> Coming:
 
 def _run(
     job: Job, at: At, coming: Coming, background: contextlib.ExitStack
-) -> Generator[Event, None, None]:
-    if at.progress.history and not at.progress.entered:
-        last = at.progress.history[-1]
-        phase = job.plan[at.progress.phase - 1]
-        yield event_of("skipped" if last.get("skipped") else "phase_end", at, phase, last)
+) -> Generator[Any, None, None]:
     with background:
+        yield None
+        if at.progress.history and not at.progress.entered:
+            last = at.progress.history[-1]
+            phase = job.plan[at.progress.phase - 1]
+            yield event_of("skipped" if last.get("skipped") else "phase_end", at, phase, last)
         border = Border(time.perf_counter(), coming=coming)
         while at.progress.phase < len(job.plan):
             phase = job.plan[at.progress.phase]

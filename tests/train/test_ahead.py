@@ -119,6 +119,16 @@ def test_a_step_prepared_for_data_of_another_size_is_made_anew():
     assert len(in_turn) == 4 and found[-1].kind == "phase_end"
 
 
+def test_a_run_that_nobody_iterates_ends_its_thread_when_it_is_closed():
+    maker = Maker()
+    events = toy.start(plan(), make=maker, ahead=run.Ahead(shapes, toy.PER_EPOCH))
+    before = [t for t in threading.enumerate() if t.name.startswith("jtl-compile")]
+    assert len(before) == 1, "it compiles from the call on"
+    events.close()
+    before[0].join(30)
+    assert not before[0].is_alive() and len(maker.made) <= 2
+
+
 def test_what_evaluation_needs_is_warmed_for_the_phases_to_come():
     warmed = []
     ahead = run.Ahead(shapes, toy.PER_EPOCH, warm=lambda live: warmed.append(sorted(live)))
