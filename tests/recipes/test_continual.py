@@ -16,7 +16,7 @@ SIZES = {"train": 40, "validation": 16, "test": 40}
 OPTIONS = {
     "plan": functools.partial(phases.full, rate=5e-3, head_rate=2e-2, epochs=4),
     "task": functools.partial(tasks.classification, dropout=0.0),
-    "batch_size": 24,
+    "batch_size": 8,
 }
 
 

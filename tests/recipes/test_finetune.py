@@ -354,13 +354,15 @@ def _engine_losses(backbone, data, parallel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "resnet"])
-def test_pmap_and_jit_have_the_same_losses(family, backbone, data):
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bert", "pmap"), ("resnet", "pmap"), ("resnet", "fsdp")]
+)
+def test_every_way_over_the_devices_has_the_losses_of_jit(family, kind, backbone, data):
     """8 devices; 40 rows are batches of 16, 16 and 8, whose masked rows fill four devices."""
     assert jax.local_device_count() == 8
     start, source = (backbone, data) if family == "bert" else (tiny.resnet(), tiny.digits())
     alone, one = _engine_losses(start, source, "jit")
-    spread, many = _engine_losses(start, source, "pmap")
+    spread, many = _engine_losses(start, source, kind)
     assert len(alone) == 3
     np.testing.assert_allclose(spread, alone, rtol=1e-5)
     for left, right in zip(jax.tree.leaves(one.stats), jax.tree.leaves(many.stats), strict=True):
