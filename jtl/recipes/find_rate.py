@@ -60,7 +60,7 @@ def find_rate(
     columns_mib: int = 2048,
     columns_disk_mib: int = 8192,
     columns_folder: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     remat: bool = False,
     seed: int = 0,
     overwrite: bool = False,
@@ -95,7 +95,7 @@ def find_rate(
         columns_mib: memory for derived columns, MiB.
         columns_disk_mib: of the folder of columns.
         columns_folder: of these columns.
-        dtype: of the computation.
+        dtype: of the computation; None is the backbone's own.
         remat: compute the inside of each block again in the backward pass.
         seed: of order, dropout and fresh weights.
         overwrite: sweep anew where a sweep lies.
@@ -141,7 +141,7 @@ def find_rate(
         return place.result
     enable_cache()
     job_task = task(data["train"])
-    model = attached(start, head, job_task, seed).computing(dtype, remat=remat)
+    model = attached(start, head, job_task, seed).computing(dtype, remat=remat or None)
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     phases = list(plan(model.groups, (head,)))

@@ -108,7 +108,7 @@ def digest(leaf: Any) -> str:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     host = on_host(leaf)
-    # SHA-256 runs in hardware: 1.8 GB/s on one core, where blake2b makes 0.9.
+    # SHA-256: most processors have instructions for it, so it is faster than blake2b.
     found = hashlib.sha256(f"{host.dtype}{host.shape}".encode())
     found.update(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:16]
