@@ -39,7 +39,8 @@ def make_parts(
     """Return the penalties made for the start model of a job; `kept` are its trained heads."""
     live = plan.ever_live(job.plan)
     key = jax.random.fold_in(jax.random.key(job.seed), 2)
-    return [penalty(Start(job.model, tuple(kept), live, {}, key)) for penalty in penalties]
+    made = [penalty(Start(job.model, tuple(kept), live, {}, key)) for penalty in penalties]
+    return [part for part in made if part is not None]
 
 
 def make_engine(
@@ -112,7 +113,7 @@ def _events(ready: Supply, parts: Sequence[Part], kept: Any) -> Generator[run.Ev
         begin,
         job.plan,
         apply=(model if spread.axis_name is None else model.on_axis(spread.axis_name)).apply,
-        terms={job.task.kind: job.task.term(job.head), **{part.name: part.term for part in parts}},
+        terms={job.task.kind: job.task.term(job.head), **_terms(parts)},
         txs=txs,
         labels=labels,
         feed=lambda live, params, stats: supply.feed(ready, live, params, stats),
@@ -128,3 +129,7 @@ def _events(ready: Supply, parts: Sequence[Part], kept: Any) -> Generator[run.Ev
         ahead=supply.ahead(ready, begin),
         locate=model.locate,
     )
+
+
+def _terms(parts: Sequence[Part]) -> dict[str, Any]:
+    return {part.name: part.term for part in parts if part.term is not None}
