@@ -50,6 +50,7 @@ def make_engine(
     parts: Sequence[Part] = (),
     folder: pathlib.Path | None = None,
     config: Mapping[str, Any] | None = None,
+    retained: Callable[..., Mapping[str, float]] | None = None,
 ) -> Engine:
     """Return the run of a job, and the frozen features of its start.
 
@@ -59,6 +60,7 @@ def make_engine(
         parts: penalties beside the task's loss.
         folder: of checkpoints, from which an interrupted run goes on; None saves none.
         config: what the checkpoints are of; those of another config are refused.
+        retained: `(params, stats, live) -> figures` that an evaluation gives beside the task's.
 
     Raises:
         ValueError: the plan, the sizes or the way of running do not fit.
@@ -73,7 +75,7 @@ def make_engine(
     # Weights that a resumed run brings are not the start's: its columns are computed from them.
     resumes = kept is not None and checkpoint.latest(kept) is not None
     first = supply.make_views(job, settings, ready.train) if resumes else ready.views
-    events = _events(ready, parts, kept)
+    events = _events(ready, parts, kept, retained)
     features = lambda part: supply.features(ready, first, part)  # noqa: E731
     return Engine(events, features, supply.epoch(ready), kept)
 
@@ -91,7 +93,12 @@ def _spread(settings: Settings) -> parallel.Spread:
     return spread
 
 
-def _events(ready: Supply, parts: Sequence[Part], kept: Any) -> Generator[run.Event, None, None]:
+def _events(
+    ready: Supply,
+    parts: Sequence[Part],
+    kept: Any,
+    retained: Callable[..., Mapping[str, float]] | None,
+) -> Generator[run.Event, None, None]:
     job, settings, spread, model = ready.job, ready.settings, ready.spread, ready.job.model
     labels = model.labels
     txs = dict.fromkeys(plan.ever_live(job.plan), settings.optimizer)
@@ -109,6 +116,10 @@ def _events(ready: Supply, parts: Sequence[Part], kept: Any) -> Generator[run.Ev
         made = step.make_step(*args, **options, axis_name=spread.axis_name)
         return parallel.compiled(spread, made)
 
+    def evaluate(params: Any, stats: Any, live: frozenset[str]) -> dict[str, float]:
+        own = supply.score(ready, params, stats, live)
+        return {**own, **(retained(params, stats, live) if retained else {})}
+
     return run.run(
         begin,
         job.plan,
@@ -117,7 +128,7 @@ def _events(ready: Supply, parts: Sequence[Part], kept: Any) -> Generator[run.Ev
         txs=txs,
         labels=labels,
         feed=lambda live, params, stats: supply.feed(ready, live, params, stats),
-        evaluate=lambda params, stats, live: supply.score(ready, params, stats, live),
+        evaluate=evaluate,
         metric=job.task.metric,
         clip=settings.clip,
         accumulate=settings.accumulate,
