@@ -10,8 +10,8 @@ from jaxtyping import PyTree
 
 from jtl import masks, trees
 from jtl.near import listed
+from jtl.train.gradients import make_sums
 from jtl.train.state import Apply, Batch, Term, TrainState
-from jtl.train.step import make_sums
 
 Locate = Callable[[Any, Any, Any], str | None]
 

@@ -15,7 +15,7 @@ import jax
 from jaxtyping import PyTree
 
 from jtl import masks
-from jtl.train import failure, schedules
+from jtl.train import failure, schedules, watched
 from jtl.train import progress as rules
 from jtl.train.checkpoint import Checkpoints
 from jtl.train.coming import Coming, Epoch, prepare
@@ -41,6 +41,7 @@ def start_state(
     labels: PyTree[str],
     refs: Any = None,
     ema: float | None = None,
+    watch: Any = None,
     key: jax.Array,
 ) -> TrainState:
     """Return the state before the first step of a plan; the arrays are copied.
@@ -53,12 +54,14 @@ def start_state(
         labels: tree of labels of the parameters.
         refs: arrays that terms read, by name.
         ema: as `run` is given it; a number keeps a moving average of what moves in some phase.
+        watch: as `run` is given it.
         key: the run's key.
     """
     ever = ever_live(plan)
     tx = phase_optimizer(txs, labels, plan[0].live, ever)
     averaged = None if ema is None else masks.mask(labels, ever)
-    return create(params, stats, tx, refs=refs, averaged=averaged, key=key)
+    seen = None if watch is None else watched.begin(watch, params, labels, ever)
+    return create(params, stats, tx, refs=refs, averaged=averaged, watch=seen, key=key)
 
 
 def run(
@@ -75,6 +78,8 @@ def run(
     clip: float | None = None,
     accumulate: int = 1,
     ema: float | None = None,
+    watch: Any = None,
+    project: Any = None,
     checkpoints: Checkpoints | None = None,
     save_every: int | None = None,
     make: Callable[..., Any] | None = None,
@@ -109,9 +114,12 @@ def run(
         accumulate: microbatches a step.
         ema: decay of the moving average of the live weights, which is then what is evaluated and
             what a phase leaves (`train.average`); None keeps none. As given to `start_state`.
+        watch: transform that sees each update as it was applied (`make_step`); what it came to is
+            `event.state.watch`, over the leaves that move in some phase. As given to `start_state`.
+        project: (names of reference terms, `(grads, reference_grads) -> grads`), see `make_step`.
         checkpoints: an open folder, which stays open; None saves nothing.
         save_every: steps between saves, beside those after each evaluation.
-        make: `(apply, terms, tx, labels, rates, *, clip, accumulate, ema) -> compiled step`; None
+        make: `(apply, terms, tx, labels, rates, **options of make_step) -> compiled step`; None
             makes the step for one program, compiled by `jit`.
         put: starts the transfer of a batch to the devices.
         ahead: what is known of phases before they begin; None compiles each when it begins.
@@ -134,7 +142,9 @@ def run(
         rates = {name: schedules.resolve(r, total, **units) for name, r in phase.rates.items()}
         tx = phase_optimizer(txs, labels, phase.live, ever)
         build = _make if make is None else make
-        return build(apply, terms, tx, labels, rates, clip=clip, accumulate=accumulate, ema=ema)
+        seen = {"watch": watch, "ever_live": ever, "project": project}
+        options = {"clip": clip, "accumulate": accumulate, "ema": ema, **seen}
+        return build(apply, terms, tx, labels, rates, **options)
 
     def explain(state: TrainState, phase: Phase, batch: Batch) -> Exception:
         options = {"labels": labels, "live": phase.live, "locate": locate}

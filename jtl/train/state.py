@@ -36,6 +36,7 @@ class TrainState(NamedTuple):
             of steps included: a loop may read metrics late and loses nothing.
         ema: {"params", "stats"}: moving averages of the leaves that move in some phase, None in
             place of the others, and of the statistics; {} where none are kept.
+        watch: state of the transform that watches the updates (`make_step`); {} for none.
     """
 
     step: jax.Array
@@ -46,6 +47,7 @@ class TrainState(NamedTuple):
     key: jax.Array
     finite: jax.Array
     ema: Any
+    watch: Any
 
 
 class Context(NamedTuple):
@@ -82,6 +84,7 @@ def create(
     *,
     refs: Any = None,
     averaged: PyTree[bool] | None = None,
+    watch: Any = None,
     key: jax.Array,
 ) -> TrainState:
     """Return the state before the first step.
@@ -95,13 +98,15 @@ def create(
         tx: the transform of any phase of the run; all have the same state.
         refs: arrays that terms read, by name; None for none.
         averaged: mask of the parameters of which a moving average is kept; None keeps none.
+        watch: state of the transform that watches the updates, `watched.begin(...)`; None for none.
         key: the run's key.
     """
     ema = {} if averaged is None else average.begin(params, stats, averaged)
-    parts = (params, stats, tx.init(params), {} if refs is None else refs, key, ema)
+    refs, watch = ({} if tree is None else tree for tree in (refs, watch))
+    parts = (params, stats, tx.init(params), refs, key, ema, watch)
     # With a dtype: a weakly typed leaf would come back typed from the step, and cost a compile.
-    params, stats, opt_state, refs, key, ema = jax.tree.map(
+    params, stats, opt_state, refs, key, ema, watch = jax.tree.map(
         lambda x: jnp.array(x, jnp.result_type(x), copy=True), parts
     )
     step, finite = jnp.zeros((), jnp.int32), jnp.ones((), bool)
-    return TrainState(step, params, stats, opt_state, refs, key, finite, ema)
+    return TrainState(step, params, stats, opt_state, refs, key, finite, ema, watch)

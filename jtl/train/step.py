@@ -1,6 +1,6 @@
 """One training step: differentiate the live leaves alone, and leave everything else as it is."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +9,12 @@ import optax
 from jaxtyping import PyTree
 
 from jtl import masks, trees
-from jtl.train import average
-from jtl.train.state import Apply, Batch, Context, Metrics, Step, Term, TrainState
+from jtl.train import average, watched
+from jtl.train.gradients import make_gradients
+from jtl.train.state import Apply, Batch, Metrics, Step, Term, TrainState
 
 Rate = float | Callable[[Any], Any]
-Sums = dict[str, tuple[jax.Array, jax.Array]]
+Project = tuple[Sequence[str], Callable[[Any, Any], Any]]
 
 
 def make_step(
@@ -26,6 +27,9 @@ def make_step(
     clip: float | None = None,
     accumulate: int = 1,
     ema: float | None = None,
+    watch: optax.GradientTransformation | None = None,
+    ever_live: Collection[str] | None = None,
+    project: Project | None = None,
     axis_name: str | None = None,
 ) -> Step:
     """Return `step(state, batch, start) -> (state, metrics)` of one phase.
@@ -66,78 +70,43 @@ def make_step(
         accumulate: number of microbatches that the batch is taken in. Microbatch m has the rows m,
             m + accumulate, ..., so that a sharded batch stays where it is.
         ema: decay of the moving average in `state.ema` (`train.average`); None leaves it alone.
+        watch: transform that sees what was done and changes nothing:
+            `watch.update(applied, state.watch, params, task_grads=grads)`, trees with None where a
+            leaf never moves. `applied` is new minus old parameters in float32; `task_grads` is the
+            gradient, before projection and clip, through `apply` alone: that of the task and of
+            penalties on outputs, without what penalties on weights have through `Context.params`.
+        ever_live: labels that move in some phase of the run, which `watch` covers; it sees zeros
+            for those held now. None is the live ones.
+        project: (names of reference terms, `(grads, reference_grads) -> grads`). What these terms
+            give is in no part of `loss` and its gradient: the gradient of the others is projected
+            against theirs, before the clip.
         axis_name: axis of a `pmap` or `shard_map` around the step; None for one program.
 
     Raises:
         ValueError: no terms, no rates, a rate for a label that no leaf bears, a bad `clip`,
-            `accumulate` or `ema`; when traced: rows that do not divide, statistics of another
-            structure.
+            `accumulate`, `ema`, `ever_live` or `project`; when traced: rows that do not divide,
+            statistics of another structure, a state without what `ema` or `watch` need.
     """
     _check(terms, labels, rates, clip, accumulate, ema)
     live = frozenset(rates)
     chosen = masks.mask(labels, live)
     live_labels, _ = masks.split(labels, chosen)
-    sums = make_sums(apply, terms, live)
-
-    def total(tree: Any) -> Any:
-        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
-
-    def gradients(
-        state: TrainState, rows: Batch, stats: Any, key: jax.Array, weights: Any
-    ) -> tuple[Any, Any, Any]:
-        moving, held = masks.split(state.params, chosen)
-
-        def objective(moving: Any) -> Any:
-            found, moved = sums(masks.merge(moving, held), stats, rows, state, key)
-            divisors = total(_weights(found)) if weights is None else weights
-            values = {name: found[name][0] / _divisor(divisors[name]) for name in found}
-            return sum(values.values()), (values, moved)
-
-        (_, (values, moved)), grads = jax.value_and_grad(objective, has_aux=True)(moving)
-        return values, grads, moved
-
-    def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> tuple[Any, Any, Any]:
-        parts = (jnp.arange(accumulate), _microbatches(batch, accumulate))
-
-        def weigh(part: Any) -> Any:
-            # The weights need no forward pass, and XLA drops it: the FLOPs are tested.
-            found, _ = sums(
-                state.params, state.stats, part[1], state, jax.random.fold_in(key, part[0])
-            )
-            return _weights(found)
-
-        weights = total(jax.tree.map(lambda w: jnp.sum(w, axis=0), jax.lax.map(weigh, parts)))
-
-        def add(carry: Any, part: Any) -> Any:
-            stats, so_far = carry
-            values, grads, stats = gradients(
-                state, part[1], stats, jax.random.fold_in(key, part[0]), weights
-            )
-            return (stats, jax.tree.map(lambda a, b: a + b, so_far, grads)), values
-
-        moving, _ = masks.split(state.params, chosen)
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), moving
-        )
-        (stats, grads), values = jax.lax.scan(add, (state.stats, zeros), parts)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, moving)
-        return jax.tree.map(lambda v: jnp.sum(v, axis=0), values), grads, stats
+    groups = _groups(terms, project)
+    gradients = make_gradients(
+        *(apply, terms, labels, live),
+        groups=groups,
+        apart=watch is not None,
+        accumulate=accumulate,
+        axis_name=axis_name,
+    )
+    see = watched.make_watching(watch, labels, live, ever_live)
 
     def step(state: TrainState, batch: Batch, start: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        if accumulate == 1:
-            values, grads, stats = gradients(state, batch, state.stats, key, None)
-        else:
-            values, grads, stats = accumulated(state, batch, key)
-        values, grads = total(values), total(grads)
-        loss, norm = sum(values.values()), trees.norm(grads)
-        if clip is not None:
-            factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-16))
-            grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+        found = gradients(state, batch)
+        grads = found.grads[0] if project is None else project[1](*found.grads)
+        loss, norm = sum(found.values[name] for name in groups[0]), trees.norm(grads)
         moving, held = masks.split(state.params, chosen)
-        filled = masks.merge(grads, jax.tree.map(jnp.zeros_like, held))
+        filled = masks.merge(_clipped(grads, norm, clip), jax.tree.map(jnp.zeros_like, held))
         updates, opt_state = tx.update(filled, state.opt_state, state.params)
         now = {label: _rate(rate, state.step - start) for label, rate in rates.items()}
         moved = jax.tree.map(
@@ -146,19 +115,23 @@ def make_step(
             masks.split(updates, chosen)[0],
             live_labels,
         )
-        mean = _averaged(state, moved, moving, stats, ema, state.step - start)
+        mean = _averaged(state, moved, moving, found.stats, ema, state.step - start)
+        seen = see(state, moved, moving, found.task)
         # Not the new leaves: to look at them before they are chosen is one more pass over them.
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm) & trees.all_finite(now)
-        finite &= _still_finite(stats, state.stats)
-        old = (moving, state.stats, state.opt_state, state.ema)
-        kept = _choose(finite, (moved, stats, opt_state, mean), old)
+        finite &= _still_finite(found.stats, state.stats)
+        if project is not None:
+            finite &= jnp.isfinite(trees.norm(found.grads[1]))
+        old = (moving, state.stats, state.opt_state, state.ema, state.watch)
+        kept = _choose(finite, (moved, found.stats, opt_state, mean, seen), old)
+        examples = _examples(batch)
         metrics = {
             "loss": loss,
-            **{f"loss/{name}": value for name, value in values.items()},
+            **{f"loss/{name}": value for name, value in found.values.items()},
             "grad_norm": norm,
             **{f"rate/{label}": rate for label, rate in now.items()},
             "finite": finite,
-            "examples": total(_examples(batch)),
+            "examples": examples if axis_name is None else jax.lax.psum(examples, axis_name),
         }
         state = state._replace(
             step=state.step + finite.astype(state.step.dtype),
@@ -167,37 +140,11 @@ def make_step(
             opt_state=kept[2],
             finite=finite,
             ema=kept[3],
+            watch=kept[4],
         )
         return state, metrics
 
     return step
-
-
-def make_sums(
-    apply: Apply, terms: Mapping[str, Term], live: frozenset[str]
-) -> Callable[[Any, Any, Batch, TrainState, jax.Array], tuple[Sums, Any]]:
-    """Return `sums(params, stats, batch, state, key) -> ({term: (sum, weight)}, stats)`.
-
-    Sums and weights are float32 scalars; `state` gives refs and step alone.
-
-    Raises:
-        ValueError: when traced: a term gives no pair of scalars, or `apply` returns statistics of
-            another structure.
-    """
-
-    def sums(
-        params: Any, stats: Any, batch: Batch, state: TrainState, key: jax.Array
-    ) -> tuple[Sums, Any]:
-        apply_key, *keys = jax.random.split(key, 1 + len(terms))
-        out, moved = apply(params, stats, batch, key=apply_key, live=live)
-        trees.check_structure(stats, moved, "the statistics that apply returned")
-        found = {
-            name: _pair(name, term(Context(params, out, batch, state.refs, state.step, own)))
-            for (name, term), own in zip(terms.items(), keys, strict=True)
-        }
-        return found, moved
-
-    return sums
 
 
 def _check(
@@ -231,45 +178,29 @@ def _check(
         )
 
 
-def _pair(name: str, value: Any) -> tuple[jax.Array, jax.Array]:
-    pair = value if isinstance(value, tuple) else (value,)
-    shapes = [jnp.shape(part) for part in pair]
-    if shapes != [(), ()]:
+def _groups(terms: Mapping[str, Term], project: Project | None) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the terms that are summed, and of those that they are projected on."""
+    if project is None:
+        return (tuple(terms),)
+    reference = tuple(project[0])
+    summed = tuple(name for name in terms if name not in reference)
+    if not summed or not reference or set(reference) - set(terms):
         raise ValueError(
-            f"term {name!r} gives values of shapes {shapes}; a term returns (sum, weight), two "
-            "scalars; a mean over the batch is the sum over its rows and their number"
+            f"project names the reference terms {sorted(reference)}, and the terms are "
+            f"{sorted(terms)}; name one or more of them, and leave one to be trained on"
         )
-    total, weight = (jnp.asarray(part, jnp.float32) for part in pair)
-    return total, jax.lax.stop_gradient(weight)
+    return summed, reference
 
 
-def _weights(found: Sums) -> dict[str, jax.Array]:
-    return {name: weight for name, (_, weight) in found.items()}
-
-
-def _divisor(weight: jax.Array) -> jax.Array:
-    """Return the weight, or 1 where a term has nothing to count: its sum is 0 then."""
-    return jnp.where(weight > 0, weight, 1.0)
+def _clipped(grads: Any, norm: jax.Array, clip: float | None) -> Any:
+    if clip is None:
+        return grads
+    factor = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-16))
+    return jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
 
 
 def _rate(rate: Rate, since: Any) -> jax.Array:
     return jnp.asarray(rate(since) if callable(rate) else rate, jnp.float32)
-
-
-def _microbatches(batch: Batch, accumulate: int) -> dict[str, Any]:
-    rows = {name: jnp.shape(value)[:1] for name, value in batch.items()}
-    if len(set(rows.values())) != 1 or any(not n or n[0] % accumulate for n in rows.values()):
-        raise ValueError(
-            f"columns have { {name: n[0] if n else None for name, n in rows.items()} } rows, and "
-            f"the batch is taken in {accumulate} parts; the number of rows must be the same in "
-            f"all columns and a multiple of {accumulate}"
-        )
-
-    def parts(value: Any) -> jax.Array:
-        value = jnp.asarray(value)
-        return value.reshape(-1, accumulate, *value.shape[1:]).swapaxes(0, 1)
-
-    return {name: parts(value) for name, value in batch.items()}
 
 
 def _examples(batch: Batch) -> jax.Array:
