@@ -19,7 +19,7 @@ _HOMES = {
     "new_backbone": "jtl.models.load",
 }
 _PACKAGES = (
-    *("data", "losses", "masks", "models", "penalties"),
+    *("data", "losses", "masks", "merging", "models", "penalties"),
     *("recipes", "report", "train", "trees", "weights"),
 )
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -90,6 +91,37 @@ def lerp(a: PyTree, b: PyTree, t: float | Float[Array, ""]) -> PyTree:
         return ((1 - t) * _wide(x) + t * _wide(y)).astype(jnp.result_type(x))
 
     return jax.tree.map(mixed, a, b)
+
+
+def in_float32(
+    function: Callable[..., Any], tree: PyTree, *others: PyTree, dtype: Any = None
+) -> PyTree:
+    """Return `function` of the leaves in the same place: computed in float32 at the least.
+
+    >>> in_float32(lambda x, y: x - y, {"x": jnp.float32(3.0)}, {"x": jnp.float32(1.0)})
+    {'x': Array(2., dtype=float32)}
+
+    Args:
+        function: of one array of each tree.
+        tree: arrays of floating point; a None is a hole, and stays one.
+        others: trees like `tree`; what they have in its holes is not read.
+        dtype: of the leaves that come out; None keeps those of `tree`.
+
+    Raises:
+        ValueError: structures or shapes differ, a leaf is missing, or one is no floating point.
+    """
+    for number, other in enumerate(others, start=2):
+        check_structure(tree, other, f"tree {number}")
+    columns = [jax.tree.leaves(part, is_leaf=_hole) for part in (tree, *others)]
+    found = []
+    for name, *leaves in zip(_filled_names(tree), *columns, strict=True):
+        if leaves[0] is None:
+            found.append(None)
+            continue
+        _check_floats(name, leaves)
+        kind = jnp.result_type(leaves[0]) if dtype is None else dtype
+        found.append(jnp.asarray(function(*(_wide(leaf) for leaf in leaves)), kind))
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_hole), found)
 
 
 def weighted_squared_distance(
@@ -181,6 +213,21 @@ def _check_shapes(name: str, *leaves: Any) -> None:
         raise ValueError(
             f"leaf {name!r} has the shapes {shapes} in a, b and weight, where None is a hole; "
             "leave it out with the mask, or give all three the same shape"
+        )
+
+
+def _check_floats(name: str, leaves: list[Any]) -> None:
+    shapes = [None if leaf is None else np.shape(leaf) for leaf in leaves]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"leaf {name!r} has the shapes {shapes} in the trees, where None is a hole; "
+            "leave it out with a mask, or give all trees the same shape"
+        )
+    kinds = [jnp.result_type(leaf) for leaf in leaves]
+    if not all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        raise ValueError(
+            f"leaf {name!r} is of {[str(kind) for kind in kinds]}; arithmetic over weights takes "
+            "floating point alone; leave it out with a mask"
         )
 
 
