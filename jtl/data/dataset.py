@@ -10,7 +10,7 @@ import numpy as np
 from jtl.data.buckets import bucket_of, choose_buckets
 from jtl.data.fingerprint import fingerprint
 from jtl.data.images import ImageInputs
-from jtl.data.sources import Source
+from jtl.data.sources import Pixels, Source
 from jtl.data.text import TextInputs
 from jtl.data.threads import ahead
 
@@ -81,6 +81,29 @@ class Dataset:
         held = {name: column[position] for name, column in part.items()}
         return held if self.read is None else {**self.read(rows), **held}
 
+    def take(self, rows: Any) -> "Dataset":
+        """Return the dataset of these rows, in their order, with copies of what is in memory.
+
+        Its buckets are the same ones, and what is read as needed stays so.
+
+        Args:
+            rows: (n,) row numbers; one may come more than once.
+        """
+        rows = np.asarray(rows, np.int64)
+        bucket, read, origin = self.bucket[rows], self.read, self.origin
+        chosen = [self.position[rows[bucket == b]] for b in range(len(self.parts))]
+        return dataclasses.replace(
+            self,
+            parts=tuple(
+                {name: np.asarray(column[where]) for name, column in part.items()}
+                for part, where in zip(self.parts, chosen, strict=True)
+            ),
+            bucket=bucket,
+            labels=self.labels[rows],
+            read=None if read is None else lambda places: read(rows[places]),
+            origin=None if origin is None else lambda: fingerprint(origin(), rows),
+        )
+
     def only(self, *names: str) -> "Dataset":
         """Return the dataset whose batches start at these derived columns: no raw input.
 
@@ -120,7 +143,8 @@ def encode(
 ) -> Dataset:
     """Return the examples of a source as the model reads them.
 
-    Texts are tokenised once, into memory. Images are made once where they fit, else batch by batch.
+    Texts are tokenised once, into memory. Images are made once where they fit, else batch by batch;
+    those of `data.sources.Pixels` stay bytes until they are in a batch.
 
     Args:
         source: raw examples.
@@ -174,9 +198,10 @@ def _texts(
 
 def _images(source: Source, inputs: ImageInputs, memory_bytes: int) -> Dataset:
     raw = source.columns["image"]
+    stacked = isinstance(raw, Pixels) or (isinstance(raw, np.ndarray) and raw.dtype == np.uint8)
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        return inputs([raw[row] for row in rows.tolist()])
+        return inputs(raw[rows] if stacked else [raw[row] for row in rows.tolist()])
 
     bucket = np.zeros(source.size, np.int32)
     labels = source.columns["label"]
@@ -188,7 +213,8 @@ def _images(source: Source, inputs: ImageInputs, memory_bytes: int) -> Dataset:
     lazy = Dataset(
         ({},), bucket, labels, source.classes, (0,), read, name=source.name, origin=origin
     )
-    if source.size * int(np.prod(inputs.size)) * inputs.channels * 4 > memory_bytes:
+    quick = isinstance(raw, Pixels) and inputs.levels is not None  # bytes already, in memory
+    if quick or source.size * int(np.prod(inputs.size)) * inputs.channels * 4 > memory_bytes:
         return lazy
     part = _all_rows(lazy)
     return dataclasses.replace(lazy, parts=(part,), read=None, origin=None)

@@ -31,6 +31,35 @@ class Lazy(Sequence[Any]):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Pixels(Sequence[Any]):
+    """Images of one size that share one array: a column takes no memory but that of its rows.
+
+    Attributes:
+        images: (all images, height, width, channels) uint8.
+        rows: which of them, in order.
+        order: (height * width,) place i shows the pixel `order[i]`; None leaves them in place.
+    """
+
+    images: np.ndarray
+    rows: np.ndarray
+    order: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        """Return an image, the column of a slice, or the images of an array of rows."""
+        if isinstance(row, slice):
+            return dataclasses.replace(self, rows=self.rows[row])
+        found = self.images[self.rows[row]]
+        if self.order is None:
+            return found
+        flat = found.reshape(*found.shape[:-3], -1, found.shape[-1])
+        return np.take(flat, self.order, axis=-2).reshape(found.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Source:
     """Labelled raw examples; nothing about batches or models.
 
@@ -136,6 +165,6 @@ def check_column(column: str, known: Sequence[str], *, option: str, name: str) -
 def _take(column: Any, rows: np.ndarray) -> Any:
     if isinstance(column, np.ndarray):
         return column[rows]
-    if isinstance(column, Lazy):
-        return Lazy(column.read, column.rows[rows])
+    if isinstance(column, Lazy | Pixels):
+        return dataclasses.replace(column, rows=column.rows[rows])
     return [column[row] for row in rows.tolist()]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jtl.models.backbone import UNUSED, Backbone, Family, Rules
-from jtl.models.families import FAMILIES
+from jtl.models.families import FAMILIES, OWN
 from jtl.models.heads import Linear, MaskedLM
 from jtl.models.model import attach
 from jtl.weights.files import Checkpoint, read, read_json
@@ -103,7 +103,7 @@ def new_backbone(
     """Make a backbone with random weights, to train from scratch or to test with.
 
     Args:
-        family: a `model_type` of `FAMILIES`.
+        family: a `model_type` of `FAMILIES` or `OWN`.
         config: fields of the family's `config.json`; transformers' defaults stand for the others.
         key: for the weights.
         inputs: the preprocessing; None where batches are made by hand.
@@ -151,12 +151,16 @@ def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dic
 def full_config(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with transformers' defaults for the fields that it does not state.
 
+    A family that transformers does not have keeps the defaults in its own file.
+
     >>> full_config("bert", {"hidden_size": 48})["layer_norm_eps"]
     1e-12
 
     Raises:
         ValueError: transformers refuses a field.
     """
+    if model_type in OWN:
+        return {"model_type": model_type, **config}
     from transformers import AutoConfig
 
     own = {name: value for name, value in config.items() if name != "model_type"}
@@ -172,12 +176,13 @@ def full_config(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _family(model_type: Any, source: str) -> Family:
-    if model_type not in FAMILIES:
+    known = {**FAMILIES, **OWN}
+    if model_type not in known:
         raise ValueError(
-            f"{source} asks for model_type {model_type!r}; jtl has {sorted(FAMILIES)}; "
+            f"{source} asks for model_type {model_type!r}; jtl has {sorted(known)}; "
             "give a checkpoint of one of these"
         )
-    return FAMILIES[model_type]
+    return known[model_type]
 
 
 def _pooling(family: Family, pooling: str | None) -> str:

@@ -3,12 +3,16 @@
 A `path` may be a file or folder, or `package:NAME/inner/path` inside an installed package.
 """
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jtl import data
+from jtl.data.idx import find_idx, read_idx
+from jtl.data.sources import Pixels
 from jtl.weights import hub
 
 Splits = dict[str, data.Source]
@@ -130,6 +134,109 @@ def digits(
     columns = {"image": list(np.repeat(images[..., None], 3, axis=-1)), "label": labels}
     source = data.from_arrays(columns, label="label", classes=names)
     return split(source, train=train, validation=validation, test=test, seed=seed)
+
+
+def mnist(
+    path: str,
+    *,
+    train: int | None = None,
+    validation: int,
+    test: int | None = None,
+    classes: tuple[int, ...] = tuple(range(10)),
+    names: tuple[str, ...] | None = None,
+    permutation: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Return MNIST or its like, whole, of some classes only, or with its pixels in another order.
+
+    All parts and all tasks share one array of bytes.
+
+    Args:
+        path: a folder of IDX files with the parts "train" and "t10k"; or a file `.csv` or
+            `.csv.gz` with a row of pixels and then the label for each image, all of one part: the
+            published test part is absent there, so that the test rows are cut from it first.
+        train: rows to train on, None for all that are left.
+        validation: rows cut from the training part, that strengths and phases are chosen by.
+        test: rows of the published test part, None for all; of a `.csv` a number.
+        classes: the digits that are kept.
+        names: of the classes of the source. None makes labels 0 up of the classes that are kept,
+            as for a head of their own; ("0", ..., "9") keeps the labels, as for one head over all.
+        permutation: seed of an order of the pixels, the same for all images; None leaves them.
+        seed: of which rows are cut.
+
+    Raises:
+        ValueError: there are no such files, too few rows, or a class is not among the names.
+
+    Reference: permuted: Goodfellow et al. 2013, arXiv:1312.6211; split: Zenke et al. 2017,
+    arXiv:1703.04200.
+    """
+    parts = _digit_parts(str(hub.locate(path)))
+    rng = np.random.default_rng(seed)
+    kept = [np.flatnonzero(np.isin(labels, classes)) for _, labels in parts]
+    kept = [kept[0][rng.permutation(len(kept[0]))], *kept[1:]]
+    if len(parts) == 1:  # a table of one part
+        cut = 0 if test is None else test
+        kept = [kept[0][cut:], kept[0][:cut]]
+    own, tested = kept
+    train = len(own) - validation if train is None else train
+    sizes = {"train": train, "validation": validation, "test": len(tested) if test is None else test}
+    there = {"train and validation": len(own), "test": len(tested)}
+    if min(sizes.values()) < 1 or train + validation > len(own) or sizes["test"] > len(tested):
+        raise ValueError(
+            f"{sizes} rows of the classes {list(classes)} are asked for; {path} has {there}; "
+            "ask for at least one and for no more than there are"
+        )
+    # The validation rows do not depend on how many are trained on.
+    rows = {"train": own[validation:][:train], "validation": own[:validation]}
+    rows["test"] = tested[: sizes["test"]]
+    where = {"train": parts[0], "validation": parts[0], "test": parts[-1]}
+    return {
+        part: _digit_source(*where[part], chosen, sorted(classes), names, permutation)
+        for part, chosen in rows.items()
+    }
+
+
+def _digit_source(
+    images: np.ndarray,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    classes: list[int],
+    names: tuple[str, ...] | None,
+    permutation: int | None,
+) -> data.Source:
+    order = None
+    if permutation is not None:
+        pixels = images.shape[1] * images.shape[2]
+        order = np.random.default_rng(permutation).permutation(pixels)
+    own = tuple(str(digit) for digit in classes)
+    digits = np.asarray([str(digit) for digit in labels[rows]])
+    made = "mnist" if permutation is None else f"mnist, permutation {permutation}"
+    made = made if len(own) == 10 else f"{made}, {'-'.join(own)}"
+    columns = {"image": Pixels(images, rows, order), "label": digits}
+    return data.from_arrays(columns, classes=names or own, name=made)
+
+
+@functools.lru_cache(maxsize=2)
+def _digit_parts(path: str) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Return (images, labels) of the training part and of the test part, where there are two."""
+    if path.endswith((".csv", ".csv.gz")):
+        import pandas
+
+        table = pandas.read_csv(path, header=None).to_numpy()
+        side = int(round((table.shape[1] - 1) ** 0.5))
+        images = table[:, :-1].astype(np.uint8).reshape(-1, side, side, 1)
+        return ((images, table[:, -1].astype(np.int64)),)
+    parts = []
+    for part in ("train", "t10k"):
+        images, labels = (read_idx(file) for file in find_idx(Path(path), part))
+        if images.ndim != 3 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"part {part!r} of {path} has images {images.dtype}{images.shape} and labels "
+                f"{labels.shape}; wanted are bytes (n, height, width) and one label for each; "
+                "give a folder of IDX files of MNIST's kind"
+            )
+        parts.append((images[..., None], labels.astype(np.int64)))
+    return tuple(parts)
 
 
 def split(source: data.Source, *, train: int, validation: int, test: int, seed: int = 0) -> Splits:
