@@ -7,13 +7,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "jtl"
 
-GROUND = {"near", "trees", "masks"}
-FORMULAS = {"losses", "penalties"}
+GROUND = {"near", "trees", "masks", "per_example"}
+FORMULAS = {"losses", "merging", "penalties"}
 MAY_IMPORT = {
     "near": set(),
     "trees": {"near"},
     "masks": {"near", "trees"},
+    "per_example": {"near", "trees", "masks"},
     "losses": GROUND,
+    "merging": GROUND,
     "penalties": GROUND,
     "weights": GROUND,
     "data": GROUND,
