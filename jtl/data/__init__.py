@@ -20,6 +20,7 @@ from jtl.data.derive import column_bytes, derive, stored
 from jtl.data.fingerprint import fingerprint
 from jtl.data.folders import from_folder
 from jtl.data.images import ImageInputs, image_inputs, load_image_inputs
+from jtl.data.mix import mixed_batches, mixed_shapes, split_rows
 from jtl.data.sources import Source, from_arrays
 from jtl.data.split import split
 from jtl.data.store import Store, fitting, room
@@ -49,10 +50,13 @@ __all__ = [
     "image_inputs",
     "load_image_inputs",
     "load_text_inputs",
+    "mixed_batches",
+    "mixed_shapes",
     "plan",
     "room",
     "row_shapes",
     "split",
+    "split_rows",
     "steps_per_epoch",
     "stored",
 ]

@@ -13,7 +13,7 @@ from jtl.recipes.datasets import EVALUATION_ROWS, once
 from jtl.recipes.identity import column_keys
 from jtl.recipes.job import Job, Settings
 from jtl.recipes.terms import Part
-from jtl.recipes.views import View, make_view
+from jtl.recipes.views import View, make_view, shapes_together, together
 from jtl.report.counting import counting
 from jtl.train import evaluate, parallel, run
 from jtl.train.coming import Epoch
@@ -29,8 +29,9 @@ class Supply(NamedTuple):
         settings: how it is trained.
         spread: how the run lies on its devices.
         train: training data, with the columns that penalties read.
-        views: "train" and "validation" as the phases read them.
+        views: "train", "validation" and each stream's name, as the phases read them.
         predict: the logits of the task's head.
+        streams: {"stream 1": (dataset with its columns, rows of a batch)}, in the order of parts.
     """
 
     job: Job
@@ -39,29 +40,49 @@ class Supply(NamedTuple):
     train: jdata.Dataset
     views: Mapping[str, View]
     predict: evaluate.Predict
+    streams: Mapping[str, tuple[jdata.Dataset, int]] = {}
 
 
 def make_supply(job: Job, settings: Settings, spread: Spread, parts: Sequence[Part]) -> Supply:
     """Return the data of a job; the columns of penalties are computed here.
 
     Raises:
-        ValueError: a batch larger than the data, or reference outputs that fit nowhere.
+        ValueError: a batch larger than the data, streams that leave the task no row, or reference
+            outputs that fit nowhere.
     """
-    jdata.plan(job.datasets["train"], settings.batch_size)  # refuses a batch larger than the data
-    train = _with_columns(job.datasets["train"], parts, _store(settings, 1.0))
+    sources = [part.stream for part in parts if part.stream is not None]
+    own, *rows = jdata.split_rows(settings.batch_size, [stream.rows for stream in sources])
+    jdata.plan(job.datasets["train"], own)  # refuses a batch larger than the data
+    store = _store(settings, 1.0)
+    train = _with_columns(job.datasets["train"], [p for p in parts if p.stream is None], store)
+    streams = [
+        _with_columns(part.stream.dataset, [part], store)
+        for part in parts
+        if part.stream is not None
+    ]
+    named = {f"stream {k}": pair for k, pair in enumerate(zip(streams, rows, strict=True), 1)}
     jit = functools.partial(parallel.split_forward, spread)
     predict = evaluate.make_predict(job.model.apply, heads=(job.head,), jit=jit)
-    return Supply(job, settings, spread, train, make_views(job, settings, train), predict)
+    views = make_views(
+        job, settings, train, {name: dataset for name, (dataset, _) in named.items()}
+    )
+    return Supply(job, settings, spread, train, views, predict, named)
 
 
-def make_views(job: Job, settings: Settings, train: jdata.Dataset) -> dict[str, View]:
-    """Return the views of the training and validation data, which share the budgets by size."""
-    lives = [frozenset({job.head}), *(phase.live for phase in job.plan)]
-    datasets = {"train": train, "validation": job.datasets["validation"]}
+def make_views(
+    job: Job,
+    settings: Settings,
+    train: jdata.Dataset,
+    streams: Mapping[str, jdata.Dataset] | None = None,
+) -> dict[str, View]:
+    """Return the views of training data, validation data and streams: they share the budgets."""
+    phases = [phase.live for phase in job.plan]
+    probed = [frozenset({job.head}), *phases]  # the linear probe reads these two as well
+    datasets = {"train": train, "validation": job.datasets["validation"], **(streams or {})}
     rows = sum(dataset.size for dataset in datasets.values())
     return {
         part: make_view(
-            *(job.model, dataset, lives),
+            *(job.model, dataset, probed if part in ("train", "validation") else phases),
             batch_size=min(EVALUATION_ROWS, dataset.size),
             store=_store(settings, dataset.size / rows),
             progress=counting(f"columns of the {part} data"),
@@ -79,22 +100,31 @@ def _store(settings: Settings, share: float) -> jdata.Store:
 
 def epoch(supply: Supply) -> Epoch:
     """Return steps and examples of one pass over the training data."""
-    return Epoch(jdata.steps_per_epoch(supply.train, supply.settings.batch_size), supply.train.size)
+    own = supply.settings.batch_size - sum(rows for _, rows in supply.streams.values())
+    return Epoch(jdata.steps_per_epoch(supply.train, own), supply.train.size)
 
 
 def feed(supply: Supply, live: frozenset[str], params: Any, stats: Any) -> run.Feed:
     """Return the training data of a phase: derived columns where its prefix is held."""
     job, size = supply.job, supply.settings.batch_size
     views, mine = supply.views, parallel.rows(supply.spread, size)
-    before = {part: view.account()["derive_seconds"] for part, view in views.items()}
-    dataset = views["train"](live, params, stats)
+    read = ("train", *supply.streams)
+    before = sum(views[part].account()["derive_seconds"] for part in read)
+    dataset, *others = together([views[part] for part in read], live, params, stats)
+    rows = [count for _, count in supply.streams.values()]
 
     def batches(start: int) -> Iterator[dict[str, Any]]:
-        for batch in jdata.batches(dataset, size, seed=job.seed, start=start):
+        if others:
+            mixed = list(zip(others, rows, strict=True))
+            made = jdata.mixed_batches(dataset, mixed, size, seed=job.seed, start=start)
+        else:
+            made = jdata.batches(dataset, size, seed=job.seed, start=start)
+        for batch in made:
             yield {name: column[mine] for name, column in batch.items()}
 
-    account = dict(views["train"].account())
-    account["derive_seconds"] -= before["train"]
+    accounts = [views[part].account() for part in read]
+    account = {name: sum(each[name] for each in accounts) for name in accounts[0]}
+    account["derive_seconds"] -= before
     return run.Feed(batches, *epoch(supply), account)
 
 
@@ -105,9 +135,10 @@ def ahead(supply: Supply, begin: Any) -> run.Ahead | None:
         return None
     own = parallel.rows(spread, supply.settings.batch_size)
     params, stats = shapes_of((begin.params, begin.stats))
+    read = [views[part] for part in ("train", *supply.streams)]
 
     def shapes(live: frozenset[str]) -> list[dict[str, Any]]:
-        found = views["train"].shapes(live, own.stop - own.start)
+        found = shapes_together(read, live, own.stop - own.start)
         return [parallel.shapes(spread, batch) for batch in found]
 
     def warm(live: frozenset[str]) -> None:

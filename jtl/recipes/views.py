@@ -7,7 +7,7 @@ column is dropped as soon as a label below it moves.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,6 +117,35 @@ def make_view(
         store = dataclasses.replace(store, disk_bytes=0)
     borders = tuple(dict.fromkeys(border for live in lives if (border := model.border(live))))
     return View(model, dataset, borders, batch_size, store, progress)
+
+
+def together(
+    views: Sequence[View], live: frozenset[str], params: Any, stats: Any
+) -> list[data.Dataset]:
+    """Return the datasets of a phase whose rows share batches: all start at one border.
+
+    Where one of them has no room for the column there, all are read raw.
+    """
+    found: dict[int, data.Dataset] = {}
+    for i in sorted(
+        range(len(views)), key=lambda i: (views[i].dataset.steady, views[i].dataset.size)
+    ):
+        found[i] = views[i](live, params, stats)
+        if views[i].model.border(live) and found[i] is views[i].dataset:
+            return [view.dataset for view in views]
+    return [found[i] for i in range(len(views))]
+
+
+def shapes_together(views: Sequence[View], live: frozenset[str], size: int) -> tuple[Shapes, ...]:
+    """Return the batches of `size` rows that come from these views, as `View.shapes` does."""
+    found = [view.shapes(live, size) for view in views]
+    if len(views) == 1:
+        return found[0]
+    border = views[0].model.border(live)
+    name = _name(views[0].model, border) if border else None
+    if name is not None and not all(name in batches[0] for batches in found):
+        found = [tuple(data.batch_shapes(view.dataset, size)) for view in views]
+    return tuple(data.mixed_shapes([view.dataset for view in views], found, size))
 
 
 def _started(dataset: data.Dataset, batch: Shapes, columns: Shapes, name: str) -> Shapes:
