@@ -17,6 +17,7 @@ TABLES: dict[str, dict[str, str]] = {
         "fine_tune": "jtl.recipes.finetune:fine_tune",
         "continual": "jtl.recipes.continual:continual",
         "find_rate": "jtl.recipes.find_rate:find_rate",
+        "pareto": "jtl.recipes.pareto:pareto",
     },
     "backbone": {
         "pretrained": "jtl.models.load:load_backbone",
@@ -28,6 +29,7 @@ TABLES: dict[str, dict[str, str]] = {
         "folder": "jtl.recipes.sources:folder",
         "tfds": "jtl.recipes.sources:tfds",
         "digits": "jtl.recipes.sources:digits",
+        "mnist": "jtl.recipes.sources:mnist",
     },
     "plan": {
         "feature_extraction": "jtl.train.phases:feature_extraction",
@@ -58,11 +60,24 @@ TABLES: dict[str, dict[str, str]] = {
         "regression": "jtl.recipes.tasks:regression",
     },
     "penalties": {
+        "agem": "jtl.recipes.terms:agem",
+        "delta": "jtl.recipes.terms:delta",
         "ewc": "jtl.recipes.terms:ewc",
+        "features": "jtl.recipes.terms:features",
         "kl": "jtl.recipes.terms:kl",
         "l2_sp": "jtl.recipes.terms:l2_sp",
+        "lwf": "jtl.recipes.terms:lwf",
+        "replay": "jtl.recipes.terms:replay",
+        "si": "jtl.recipes.terms:si",
+    },
+    "retain": {
+        "masked_lm": "jtl.recipes.retain:masked_lm",
+        "probe": "jtl.recipes.retain:probe",
+        "task": "jtl.recipes.retain:task",
     },
 }
+
+MANY = ("penalties", "retain")  # sections that are tuples of sections
 
 
 def resolve(section: str, kind: str) -> Callable[..., Any]:
@@ -114,7 +129,7 @@ def bind(section: str, fields: Any, /, *args: Any, **given: Any) -> Callable[...
     _check_fields(f"{section} of kind {kind!r}", function, fields, set(given))
 
     def call(*more: Any, **options: Any) -> Any:
-        return function(*args, *more, **fields, **given, **options)
+        return function(*args, *more, **{**fields, **given, **options})
 
     call.__name__ = kind
     return call
@@ -178,7 +193,7 @@ def run(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         ValueError: an unknown section, kind or field, or what the recipe itself refuses.
     """
     whole = plain(config)
-    for section in TABLES.keys() & whole.keys() - {"recipe", "penalties"}:
+    for section in TABLES.keys() & whole.keys() - {"recipe", *MANY}:
         bind(section, whole[section])  # what smoke replaces is checked too
     config = _smoked(whole)
     name = config.get("recipe", "fine_tune")
@@ -193,18 +208,23 @@ def _built(field: str, value: Any) -> Any:
     """Return the object of a section; plans, tasks and penalties stay calls for the recipe."""
     if field == "tasks":
         return tuple({**task, "data": build("data", task["data"])} for task in value)
-    if field == "penalties":
-        return tuple(_penalty(section) for section in value)
+    if field in MANY:
+        return tuple(_one_of(field, section) for section in value)
     if field not in TABLES:
         return value
     return bind(field, value) if field in ("plan", "task") else build(field, value)
 
 
-def _penalty(section: Any) -> Callable[..., Any]:
+def _one_of(field: str, section: Any) -> Callable[..., Any]:
+    """Return the call of one of several sections, which may have sections of its own."""
     fields = dict(section) if isinstance(section, Mapping) else section
-    if isinstance(fields, dict) and "data" in fields:
-        fields["data"] = build("data", fields["data"])
-    return bind("penalties", fields)
+    if isinstance(fields, dict):
+        inner = {name: fields[name] for name in ("data", "task") if name in fields}
+        fields |= {name: _built(name, value) for name, value in inner.items()}
+    call = bind(field, fields)
+    what = f"{field} of kind {fields['kind']!r}"
+    _check_complete(what, resolve(field, fields["kind"]), 1, fields, {})
+    return call
 
 
 def _smoked(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,24 @@ A penalty is made once, when the start model is known: `penalty(start) -> Part`.
 outputs, what the start model gives on the training data (`columns`, computed once).
 """
 
-from jtl.recipes.terms.outputs import kl
+from jtl.recipes.terms.engine import si
+from jtl.recipes.terms.outputs import kl, lwf
 from jtl.recipes.terms.part import Part, Start, Stream
+from jtl.recipes.terms.replay import agem, replay
+from jtl.recipes.terms.representations import delta, features
 from jtl.recipes.terms.weights import ewc, l2_sp
 
-__all__ = ["Part", "Start", "Stream", "ewc", "kl", "l2_sp"]
+__all__ = [
+    "Part",
+    "Start",
+    "Stream",
+    "agem",
+    "delta",
+    "ewc",
+    "features",
+    "kl",
+    "l2_sp",
+    "lwf",
+    "replay",
+    "si",
+]
