@@ -71,7 +71,7 @@ def test_a_stream_smaller_than_its_rows_repeats_them(size):
     own, other = make_images(11, 2**20), make_images(size, 2**20)
     batches = _take(8, own, [(other, 4)], 8)
     assert {batch["pixel_values"].shape for batch in batches} == {(8, 2, 2, 3)}
-    last = np.concatenate([batch["pixel_values"][4:, 0, 0, 0] for batch in batches])
+    last = np.concatenate([batch["pixel_values"][4:, 0, 0, 0].round() for batch in batches])
     assert collections.Counter(last.tolist()).keys() == set(range(size))
 
 
@@ -91,7 +91,7 @@ def test_a_resumed_run_reads_the_same_rows(make):
 def test_two_streams_of_one_dataset_have_orders_of_their_own():
     other = make_images(40, 2**20)
     batch = _take(1, make_images(11, 2**20), [(other, 3), (other, 3)], 8)[0]
-    pixels = batch["pixel_values"][:, 0, 0, 0]
+    pixels = batch["pixel_values"][:, 0, 0, 0].round()
     assert batch["stream"].tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
     assert pixels[2:5].tolist() != pixels[5:].tolist()
 
@@ -146,7 +146,7 @@ def test_labels_of_another_kind_keep_a_column_of_their_own():
     batch = _take(1, own, [(other, 1), (numbers, 2)], 8)[0]
     assert batch["label"].dtype == np.int32 and not batch["label"][6:].any()
     assert batch["label/2"].dtype == np.float32 and not batch["label/2"][:6].any()
-    assert (batch["label/2"][6:] == batch["pixel_values"][6:, 0, 0, 0] + 0.5).all()
+    assert (batch["label/2"][6:] == batch["pixel_values"][6:, 0, 0, 0].round() + 0.5).all()
 
 
 def test_what_cannot_be_is_refused():
