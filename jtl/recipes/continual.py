@@ -1,7 +1,7 @@
 """Several tasks one after the other on one backbone, and what each costs those before it.
 
-Every task has its own head. Penalties keep to the tasks that came before; the same tasks are also
-run plainly, so that the table shows what a penalty is worth.
+The same tasks are learned in several ways, plainly among them, and from several seeds, so that the
+tables show what a penalty is worth and how far chance goes.
 """
 
 import dataclasses
@@ -15,19 +15,23 @@ import numpy as np
 
 from jtl.models.backbone import Backbone
 from jtl.models.export import export
+from jtl.models.load import new_backbone
 from jtl.models.model import Model, attach
-from jtl.recipes import identity
+from jtl.recipes import identity, sequence
 from jtl.recipes import tasks as kinds
-from jtl.recipes.datasets import check_sources, make_datasets, once
-from jtl.recipes.follow import follow
+from jtl.recipes.comparison import joint_entry, way_entry
+from jtl.recipes.datasets import make_datasets
 from jtl.recipes.optimizers import adamw
-from jtl.recipes.terms import Part, Start
-from jtl.recipes.training import Job, Settings, make_engine
-from jtl.report import console, jsonfile, record
+from jtl.recipes.scenario import Lesson, all_at_once, lessons
+from jtl.recipes.terms import Part
+from jtl.recipes.training import Job, Settings
+from jtl.report import continual as page
+from jtl.report import jsonfile, record
 from jtl.train import phases
 from jtl.train.compile import enable_cache
 from jtl.train.evaluate import make_predict
-from jtl.train.plan import ever_live
+
+Penalties = Sequence[Callable[..., Part | None]]
 
 
 def continual(
@@ -35,125 +39,185 @@ def continual(
     tasks: Sequence[Mapping[str, Any]],
     *,
     folder: str | pathlib.Path,
+    scenario: str = "task",
     task: Callable[..., kinds.Task] = kinds.classification,
     plan: Callable[..., Sequence[Any]] = phases.full,
     optimizer: Any = None,
-    penalties: Sequence[Callable[..., Part]] = (),
+    penalties: Penalties = (),
+    ways: Mapping[str, Penalties] | None = None,
+    joint: bool = False,
     batch_size: int = 32,
     clip: float | None = 1.0,
+    carry_optimizer: bool = False,
+    checkpoints: bool = True,
+    save_every: int | None = None,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train the tasks in order, plainly and with the penalties, and return both tables.
+    """Train the tasks in order, each way and from each seed, and return what that comes to.
+
+    Choose strengths by the validation figures; the test figures are for the end.
 
     Args:
-        backbone: shared by all tasks.
-        tasks: {"name", "data": {"train", "validation", "test"}} in order; a name is a head's.
+        backbone: shared by all tasks. The first seed starts from its weights; where they are random
+            (kind 'scratch'), each other seed draws its own.
+        tasks: {"name", "data": {"train", "validation", "test"}} in order.
         folder: of the run; each task has a folder of its own in it, from which it goes on.
+        scenario: "task" (a head for each, named after it), "domain" (one head, the same classes in
+            every task) or "class" (one head over the classes of all tasks, which every source
+            names, some of them in each task).
         task: `training data -> Task`, for every task.
         plan: `(groups, heads) -> phases`, for every task; the other tasks' heads are held.
-        optimizer: transform at unit rate; None is `recipes.optimizers.adamw()`. Each task starts
-            with a fresh state.
-        penalties: `Start -> Part`, made at the end of each task for its head.
+        optimizer: transform at unit rate; None is `recipes.optimizers.adamw()`.
+        penalties: short for `ways={"plain": (), "penalised": penalties}`.
+        ways: {name: penalties}, each `Start -> Part`, made anew before every task.
+        joint: whether all tasks are also learned at once, the upper bound.
         batch_size: examples a step.
         clip: largest global norm of the live gradient; None for no clipping.
+        carry_optimizer: whether a task goes on with the optimizer state of the one before, leaf
+            groups of the same label; else each starts with a fresh state.
+        checkpoints: whether states are saved, so that an interrupted run goes on.
+        save_every: steps between saves, beside those after each evaluation.
         seed: of order, dropout and fresh weights.
+        seeds: several of them; None is the one of `seed`.
         overwrite: train anew where a finished run lies.
         config: what `config.json` shows; None shows the options given here.
 
     Returns:
-        {"tasks", "metric", "runs": {"plain", "penalised": {"matrix", "average",
-        "backward_transfer"}}}: matrix[i][j] is the test figure on task j after task i; backward
-        transfer is the mean over earlier tasks of last minus own figure (Lopez-Paz and Ranzato
-        2017, arXiv:1706.08840).
+        {"tasks", "metric", "scenario", "seeds", "runs": {way: entry}, "joint"}: see
+        `recipes.comparison` for an entry.
 
     Raises:
         ValueError: a bad input; the message says what is wrong, what is there and what to do.
+
+    Reference: van de Ven and Tolias 2019, arXiv:1904.07734: the three scenarios.
     """
     began = time.perf_counter()
-    names = [str(entry["name"]) for entry in tasks]
-    if len(set(names)) < max(len(names), 2):
-        raise ValueError(f"tasks are named {names}; give at least two, each a name of its own")
-    settings = Settings(optimizer or adamw(), batch_size, clip)
+    chosen = _ways(penalties, ways)
+    seeds = (seed,) if seeds is None else tuple(seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}; give at least one, each once")
     shown = {
         "recipe": "continual",
         "backbone": {"source": backbone.source, "weights": identity.weights(backbone.params)},
         "tasks": {str(entry["name"]): identity.sources(entry["data"]) for entry in tasks},
+        "scenario": scenario,
         "task": identity.called(task),
         "plan": identity.called(plan),
-        "penalties": [identity.called(penalty) for penalty in penalties],
+        "ways": {way: [identity.called(made) for made in given] for way, given in chosen.items()},
+        "joint": joint,
         "optimizer": "given" if optimizer else "adamw",
+        "carry_optimizer": carry_optimizer,
         "clip": clip,
         "batch_size": batch_size,
-        "seed": seed,
+        "seeds": seeds,
     }
+    learned = lessons(tasks, scenario, task)
     place = record.open_run(folder, config=config or shown, overwrite=overwrite)
     if place.result is not None:
-        console.matrices(place.result)
+        page.matrices(place.result)
         return place.result
     enable_cache()
-    for entry in tasks:
-        check_sources(entry["data"])
-    made = {name: task(entry["data"]["train"]) for name, entry in zip(names, tasks, strict=True)}
-    heads = {name: made[name].head for name in names}
-    model = attach(backbone, heads, key=jax.random.key(seed))
-    sources = {name: entry["data"] for name, entry in zip(names, tasks, strict=True)}
-    jobs = [
-        Job(model, name, made[name], make_datasets(model, data), plan(model.groups, (name,)), seed)
-        for name, data in sources.items()
-    ]
-    runs = {}
-    for way, chosen in {"plain": (), "penalised": tuple(penalties)}.items():
-        if way == "plain" or chosen:
-            inner = (place.folder / way, place.config, overwrite)
-            runs[way], model = _sequence(inner, jobs, settings, chosen)
-    result = {"tasks": names, "metric": jobs[0].task.metric, "runs": runs, "seed": seed}
+    models = [_start(backbone, learned, number, one) for number, one in enumerate(seeds)]
+    course = sequence.Course(
+        learned,
+        [make_datasets(models[0], lesson.sources) for lesson in learned],
+        plan,
+        Settings(optimizer or adamw(), batch_size, clip, save_every=save_every),
+        make_predict(models[0].apply, heads=tuple(models[0].heads)),
+        *(place.config, overwrite, checkpoints, carry_optimizer),
+    )
+    runs, last = _all_ways(course, models, seeds, chosen, place.folder)
+    result = {
+        "tasks": [lesson.name for lesson in learned],
+        "metric": learned[0].task.metric,
+        "scenario": scenario,
+        "seeds": seeds,
+        "seed": seeds[0],
+        "runs": runs,
+    }
+    if joint:
+        result["joint"] = _joint(course, models, seeds, place.folder)
     result |= {"versions": record.versions(), "seconds": time.perf_counter() - began}
-    export(place.folder / record.MODEL, model, labels={n: made[n].classes for n in names})
+    labels = {lesson.head: lesson.task.classes for lesson in learned}
+    export(place.folder / record.MODEL, last, labels=labels)
     result = jsonfile.plain({**result, "config": place.config})
+    page.write_report(place.folder, result)
     jsonfile.write(place.folder / record.RESULT, result)
-    console.matrices(result)
+    page.matrices(result)
     return result
 
 
-def _sequence(
-    place: tuple[pathlib.Path, Mapping[str, Any], bool],
-    jobs: Sequence[Job],
-    settings: Settings,
-    penalties: Sequence[Callable[..., Part]],
+def _ways(penalties: Penalties, ways: Mapping[str, Penalties] | None) -> dict[str, Penalties]:
+    if ways is not None and penalties:
+        raise ValueError(
+            f"penalties are given and ways too, {sorted(ways)}; put the penalties among the ways"
+        )
+    if ways is None:
+        return {"plain": (), **({"penalised": tuple(penalties)} if penalties else {})}
+    if not ways or any("/" in way or way == "joint" for way in ways):
+        raise ValueError(
+            f"ways are {sorted(ways)}; give at least one, named without '/' and not 'joint'"
+        )
+    return {way: tuple(given) for way, given in ways.items()}
+
+
+def _start(backbone: Backbone, learned: Sequence[Lesson], number: int, seed: int) -> Model:
+    """Return the model of a seed before the first task."""
+    key = jax.random.key(seed)
+    if number and backbone.source == "scratch":
+        family, pooling = backbone.family.model_type, backbone.pooling
+        drawn = new_backbone(
+            family, backbone.config, key=jax.random.fold_in(key, 1), pooling=pooling
+        )
+        backbone = dataclasses.replace(backbone, params=drawn.params, stats=drawn.stats)
+    return attach(backbone, {lesson.head: lesson.task.head for lesson in learned}, key=key)
+
+
+def _all_ways(
+    course: sequence.Course,
+    models: Sequence[Model],
+    seeds: Sequence[int],
+    ways: Mapping[str, Penalties],
+    folder: pathlib.Path,
 ) -> tuple[dict[str, Any], Model]:
-    """Train all tasks one way; return its figures and the model after the last.
-
-    `place` is (folder, config, overwrite).
-    """
-    folder, config, overwrite = place
-    model, parts, matrix = jobs[0].model, [], []
-    predict = make_predict(model.apply, heads=tuple(job.head for job in jobs))
-    for number, start in enumerate(jobs):
-        job = start._replace(model=model)
-        inner = record.open_run(folder / job.head, config=config, overwrite=overwrite)
-        checkpoints = inner.folder / record.CHECKPOINTS
-        which = {"task": number, "way": folder.name}
-        engine = make_engine(job, settings, parts=parts, folder=checkpoints, config=which)
-        ended = follow(inner, job, engine)
-        model = dataclasses.replace(model, params=ended.params, stats=ended.stats)
-        key = jax.random.fold_in(jax.random.key(job.seed), 100 + number)
-        kept = {job.head: job.datasets["train"]}
-        ready = Start(model, (job.head,), ever_live(job.plan), kept, key)
-        parts += [penalty(ready) for penalty in penalties]
-        matrix.append([_figure(predict, model, other) for other in jobs])
-    last = np.asarray(matrix[-1])
-    own = np.diagonal(np.asarray(matrix))
-    figures = {
-        "matrix": matrix,
-        "average": float(last.mean()),
-        "backward_transfer": float((last - own)[:-1].mean()),
-    }
-    return figures, model
+    """Return the entry of each way, and the model of the last way from the first seed."""
+    everything = range(len(course.lessons))
+    fresh = [
+        {part: sequence.scored(course, model, part, everything) for part in sequence.PARTS}
+        for model in models
+    ]
+    entries, last = {}, models[0]
+    for way, penalties in ways.items():
+        found = []
+        for seed, model in zip(seeds, models, strict=True):
+            show = page.shower(way, seed, [lesson.name for lesson in course.lessons])
+            place = folder / way / f"seed_{seed}"
+            found.append(sequence.learn(course, model, place, penalties, seed=seed, show=show))
+        entries[way] = way_entry(found, fresh, seeds)
+        last = found[0].model
+    return entries, last
 
 
-def _figure(predict: Any, model: Model, job: Job) -> float:
-    dataset = job.datasets["test"]
-    logits = predict(model.params, model.stats, once(dataset))[job.head]
-    return job.task.score(logits, dataset.labels)[job.task.metric]
+def _joint(
+    course: sequence.Course,
+    models: Sequence[Model],
+    seeds: Sequence[int],
+    folder: pathlib.Path,
+) -> dict[str, Any]:
+    """Return the entry of learning all tasks at once."""
+    task, head, datasets = all_at_once(course.lessons, course.datasets)
+    scores = []
+    for seed, model in zip(seeds, models, strict=True):
+        phases = course.plan(model.groups, tuple(model.heads))
+        job = Job(model, head, task, datasets, phases, seed)
+        state = sequence.run_job(course, job, (), folder / "joint" / f"seed_{seed}" / "all")
+        ended = dataclasses.replace(model, params=state.params, stats=state.stats)
+        everything = range(len(course.lessons))
+        scores.append(
+            {part: sequence.scored(course, ended, part, everything) for part in sequence.PARTS}
+        )
+        page.say_joint(seed, float(np.mean(scores[-1]["test"])))
+    return joint_entry(scores, seeds)

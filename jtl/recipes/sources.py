@@ -179,7 +179,11 @@ def mnist(
         kept = [kept[0][cut:], kept[0][:cut]]
     own, tested = kept
     train = len(own) - validation if train is None else train
-    sizes = {"train": train, "validation": validation, "test": len(tested) if test is None else test}
+    sizes = {
+        "train": train,
+        "validation": validation,
+        "test": len(tested) if test is None else test,
+    }
     there = {"train and validation": len(own), "test": len(tested)}
     if min(sizes.values()) < 1 or train + validation > len(own) or sizes["test"] > len(tested):
         raise ValueError(

@@ -1,0 +1,5 @@
+"""Diagnoses: what a run says about itself, from its figures."""
+
+from jtl.diagnose.forgetting import Forgetting, figures
+
+__all__ = ["Forgetting", "figures"]
