@@ -42,3 +42,4 @@ class Settings(NamedTuple):
     columns_disk_mib: int = 8192
     columns_folder: str | None = None
     ema: float | None = None
+    shares_every: int | None = 50

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jtl.penalties import agem
 from jtl.recipes import supply
 from jtl.recipes.job import Job, Settings
+from jtl.recipes.streams import own_rows
 from jtl.recipes.supply import Supply
 from jtl.recipes.terms import Part, Start
 from jtl.train import checkpoint, parallel, plan, run, step
 from jtl.train.coming import Epoch
+from jtl.train.state import Term
 
 __all__ = ["Engine", "Job", "Settings", "make_engine", "make_parts"]
 
@@ -63,7 +66,8 @@ def make_engine(
         retained: `(params, stats, live) -> figures` that an evaluation gives beside the task's.
 
     Raises:
-        ValueError: the plan, the sizes or the way of running do not fit.
+        ValueError: the plan, the sizes or the way of running do not fit; two parts of one name, or
+            two that both watch or both project.
     """
     plan.check_plan(job.plan, (*job.model.groups, *job.model.heads))
     spread = _spread(settings)
@@ -102,12 +106,14 @@ def _events(
     job, settings, spread, model = ready.job, ready.settings, ready.spread, ready.job.model
     labels = model.labels
     txs = dict.fromkeys(plan.ever_live(job.plan), settings.optimizer)
+    watch, project = _watch(parts), _project(parts)
     begin = run.start_state(
         *(model.params, model.stats, job.plan),
         txs=txs,
         labels=labels,
         refs={name: value for part in parts for name, value in part.refs.items()},
         ema=settings.ema,
+        watch=watch,
         key=jax.random.fold_in(jax.random.key(job.seed), 1),
     )
     begin = parallel.place(spread, begin)
@@ -124,7 +130,7 @@ def _events(
         begin,
         job.plan,
         apply=(model if spread.axis_name is None else model.on_axis(spread.axis_name)).apply,
-        terms={job.task.kind: job.task.term(job.head), **_terms(parts)},
+        terms=_terms(job, parts),
         txs=txs,
         labels=labels,
         feed=lambda live, params, stats: supply.feed(ready, live, params, stats),
@@ -133,14 +139,55 @@ def _events(
         clip=settings.clip,
         accumulate=settings.accumulate,
         ema=settings.ema,
+        watch=watch,
+        project=project,
+        shares_every=settings.shares_every,
         checkpoints=kept,
         save_every=settings.save_every,
         make=make,
         put=lambda batch: parallel.put(spread, batch),
         ahead=supply.ahead(ready, begin),
         locate=model.locate,
+        alone=model.apply,
     )
 
 
-def _terms(parts: Sequence[Part]) -> dict[str, Any]:
-    return {part.name: part.term for part in parts if part.term is not None}
+def _terms(job: Job, parts: Sequence[Part]) -> dict[str, Term]:
+    """Return the terms of task and parts, each over the rows that are its own."""
+    terms = {job.task.kind: job.task.term(job.head)}
+    found = {part.name: part.term for part in parts if part.term is not None}
+    names = [*terms, *(part.name for part in parts)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"penalties bear the names {names[1:]} beside the task's {names[0]!r}, and {twice} "
+            "come twice; give each penalty once, or parts of other names"
+        )
+    mixed = [part.name for part in parts if part.stream is not None]
+    if not mixed:
+        return terms | found
+    number = {name: k for k, name in enumerate(mixed, 1)}
+    return {n: own_rows(term, number.get(n, 0)) for n, term in (terms | found).items()}
+
+
+def _watch(parts: Sequence[Part]) -> Any:
+    """Return the transform that watches the updates, None where no part has one."""
+    found = _at_most_one([part for part in parts if part.watch is not None], "watch the updates")
+    return None if found is None else found.watch
+
+
+def _project(parts: Sequence[Part]) -> Any:
+    """Return the reference term and the projection, None where no part is a reference."""
+    found = _at_most_one([part for part in parts if part.project], "project the gradient")
+    if found is None or found.term is None:
+        return None
+    return (found.name,), agem.project
+
+
+def _at_most_one(parts: Sequence[Part], what: str) -> Part | None:
+    if len(parts) > 1:
+        raise ValueError(
+            f"the penalties {[part.name for part in parts]} all {what}, and a step does that for "
+            "one; leave one of them"
+        )
+    return parts[0] if parts else None

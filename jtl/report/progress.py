@@ -30,6 +30,7 @@ def progress(
     *,
     metric: str,
     order: Sequence[str] = (),
+    watched: Mapping[str, tuple[str, float]] | None = None,
     every: float | int = _PLAIN_SECONDS,
     out: Any = None,
     now: Callable[[], float | int] = time.perf_counter,
@@ -40,6 +41,7 @@ def progress(
         plan: a dict for each phase: name, live (labels), steps (longest length).
         metric: name of the figure that the plan goes by.
         order: labels of the backbone from stem to top; the bound on the plan's time needs them.
+        watched: {source: (its figure, the value before training)}, shown beside the metric.
         every: seconds between plain lines; a terminal has a live bar instead.
         out: a `rich.console.Console`; None writes to standard output.
         now: clock.
@@ -58,6 +60,8 @@ def progress(
             row = plain(row)
             state = paces.observe(state, row, now())
             line = event_line(row, metric, plan)
+            if row["kind"] == "evaluation":
+                line += sources_line(row, watched or {})
             if line:
                 say(out, line, style=_STYLES[row["kind"]])
             draw(state, row)
@@ -69,14 +73,14 @@ _STYLES = {"phase_start": "bold", "phase_end": "green", "skipped": "dim", "evalu
 
 
 def event_line(row: Row, metric: str, plan: Sequence[Row]) -> str:
-    """Return the line of an event, "" for a step.
+    """Return the line of an event, "" for a step and for shares.
 
     >>> row = {"kind": "skipped", "step": 63, "phase": "open_stem"}
     >>> event_line(row, "accuracy", [{"name": "open_stem", "live": ["stem"], "steps": 63}])
     'phase 1/1 open_stem: skipped, the metric no longer rises'
     """
     kind = row["kind"]
-    if kind == "step":
+    if kind in ("step", "shares"):
         return ""
     if kind == "evaluation":
         return f"  step {readable.count(row['step'])}: {_figures(row, metric)}"
@@ -91,6 +95,21 @@ def event_line(row: Row, metric: str, plan: Sequence[Row]) -> str:
         live = readable.spans(phase.get("live", ()))
         return f"{start}{live} live, at most {readable.plural(phase.get('steps', 0), 'step')}"
     return f"{start}done, {_ended(row, metric)}"
+
+
+def sources_line(row: Row, watched: Mapping[str, tuple[str, float]]) -> str:
+    """Return the figures of the watched sources in an evaluation, and how far they have moved.
+
+    >>> sources_line({"retain/news/accuracy": 0.75}, {"news": ("accuracy", 0.8)})
+    '; watched: news accuracy 75.0 % (-5.0 points)'
+    """
+    shown = []
+    for name, (metric, before) in watched.items():
+        value = row.get(f"retain/{name}/{metric}")
+        line = f"{name} {readable.words(metric)} {readable.figure(metric, value)}"
+        change = "" if value is None else f" ({readable.difference(metric, value - before)})"
+        shown.append(line + change)
+    return "; watched: " + ", ".join(shown) if shown else ""
 
 
 def progress_line(pace: paces.Pace, row: Row) -> str:

@@ -14,7 +14,12 @@ number that is not finite is written null.
 
     step         loss, loss/TERM for each term, rate/LABEL for each live label, grad_norm,
                  examples (real rows of the batch), finite (false: the step changed nothing)
-    evaluation   the figures on the validation split, the metric of the run among them
+    shares       grad_norm/TERM and share/TERM (its part of the sum of the norms) of each term, of
+                 the state and batch of the step of the same number
+    evaluation   the figures on the validation split, the metric of the run among them, and
+                 retain/NAME/FIGURE of each source that is watched
+    shares       share/TERM, the norm of the term's gradient over the sum of all terms' norms, and
+                 grad_norm/TERM, probed every so many steps
     phase_start  live (labels), steps (longest length); its step is that at which the phase began
     phase_end    what `phases` of result.json says of the phase, the times of its border too
     skipped      reason (optional): the phase did not run
@@ -50,6 +55,15 @@ save may come twice; `read_rows` takes the last of each (kind, step, phase).
     [gain]         {over: name of a baseline, value, interval: [low, high]}: paired difference on
                    the test split, fine-tuned minus baseline, with its 95 % bootstrap interval
     [figures]      {validation: {name: value}, test: {name: value}}: all figures of the target
+    [retain]       {name of a watched source: row}; a row is {kind (in words), metric,
+                   higher_is_better, before: {validation, test}, after: {validation, test},
+                   change: {value, interval: [low, high]}, figures: {before, after: {validation,
+                   test: {name: value}}}, data: {validation, test: examples}}. before is the start
+                   model, after the trained one; change is after minus before on the test split,
+                   with its paired 95 % bootstrap interval
+    [penalties]    {term: {value, share: {median, greatest, last}}}: the loss of the last step, and
+                   the share of the gradient norm over the probes but the first; null for no probe
+    [warnings]     list of texts, shown on the console and at the head of the page
     [groups]       list from stem to heads: {label, leaves, parameters, rates: {phase: rate}}; a
                    phase that is absent holds the label; the rate is the peak, null if unknown
     [confusion]    {classes: [name], counts: [[int]]}: test split, row = true class, column = given
@@ -74,7 +88,7 @@ from jtl.report.jsonfile import plain, read, replace, write
 
 CONFIG, METRICS, RESULT, REPORT = "config.json", "metrics.jsonl", "result.json", "report.html"
 CHECKPOINTS, MODEL = "checkpoints", "model"
-KINDS = ("step", "evaluation", "phase_start", "phase_end", "skipped")
+KINDS = ("step", "shares", "evaluation", "phase_start", "phase_end", "skipped")
 _RESULT_KEYS = {
     "": (
         *("metric", "baselines", "target", "phases", "held_bit_equal", "loaded"),

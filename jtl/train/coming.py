@@ -10,6 +10,7 @@ from jtl.train.compile import shapes_of
 from jtl.train.feed import Ahead
 from jtl.train.plan import Phase, Plateau
 from jtl.train.progress import Progress
+from jtl.train.shares import Shares
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ class Epoch(NamedTuple):
 
 
 Make = Callable[[Phase, Epoch], Any]
+Measure = Callable[[frozenset[str]], Shares | None]
 Coming = dict[str, "Future[Any]"]
 
 
@@ -53,6 +55,7 @@ def prepare(
     state: Any,
     *,
     begun: Mapping[str, Any] | None = None,
+    measure: Measure | None = None,
 ) -> Coming:
     """Have the steps of phases made and compiled in the background, and return what will be there.
 
@@ -63,6 +66,7 @@ def prepare(
         phases: the likelier first.
         state: of the run; all phases have the same shapes.
         begun: what was asked for before: kept for these phases, dropped for others.
+        measure: `live -> shares` of a phase, compiled with its step; None for none.
     """
     begun, names = begun or {}, [phase.name for phase in phases]
     for name, other in begun.items():
@@ -74,8 +78,10 @@ def prepare(
 
     def one(phase: Phase) -> Any:
         step = make(phase, epoch)
-        if hasattr(step, "prepare"):
-            step.prepare(shapes, ahead.shapes(phase.live))
+        found = None if measure is None else measure(phase.live)
+        for program in (step, found and found.call):
+            if hasattr(program, "prepare"):
+                program.prepare(shapes, ahead.shapes(phase.live))
         return epoch, step
 
     fresh = [phase for phase in phases if phase.name not in begun]

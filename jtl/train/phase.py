@@ -36,13 +36,13 @@ class Event(NamedTuple):
     """Something that happened in a run.
 
     Attributes:
-        kind: "phase_start", "step", "evaluation", "phase_end" or "skipped".
+        kind: "phase_start", "step", "shares", "evaluation", "phase_end" or "skipped".
         step: steps taken in the whole run.
         phase: name of the phase.
         state: the state now; the next step takes its arrays, so copy what is to be kept.
         metrics: of a step or an evaluation, as floats; what is known of a phase at its start and
-            end. Those of a step are read from the device when they are looked at: look after the
-            next event, and nothing waits.
+            end. Those of a step, and the shares of its terms (`train.shares`), are read from the
+            device when they are looked at: look after the next step, and nothing waits.
         progress: where the run is; its `history` has a row for each phase that ended.
     """
 
@@ -68,6 +68,7 @@ class Job(NamedTuple):
     save_every: int | None
     put: Callable[[Batch], Any]
     ahead: Ahead | None
+    measure: coming.Measure
     pool: Any = None
 
 
@@ -105,7 +106,7 @@ def run_phase(
         at = at if at.progress.entered else _entered(job, at, phase, border.digests)
         yield event_of("phase_start", at, phase, {"live": sorted(phase.live), "steps": total})
         later: Coming | None = None
-        with contextlib.closing(_stream(job, at, feed, step, total)) as stream:
+        with contextlib.closing(_stream(job, at, phase, feed, step, total)) as stream:
             save, unread = False, None
             while True:
                 if rules.due(at.progress, total, feed.steps_per_epoch):
@@ -119,7 +120,7 @@ def run_phase(
                     break
                 if save:
                     save_at(job.checkpoints, timed(at))
-                state, metrics = next(stream, (None, {}))
+                state, metrics, shares = next(stream, (None, {}, None))
                 newest = at if state is None else at._replace(state=state)
                 _check(job, timed(newest), phase, feed, unread)
                 if state is None:
@@ -127,10 +128,14 @@ def run_phase(
                 times.setdefault("border", time.perf_counter() - border.since - times["paused"])
                 at, unread = At(state, rules.advance(at.progress), at.best), Late(metrics)
                 yield event_of("step", at, phase, unread)
+                if shares is not None:
+                    yield event_of("shares", at, phase, Late(shares))
                 if later is None:
                     nearest = coming.candidates(job.plan, at.progress)
                     later = coming.prepare(
-                        *(job.pool, job.ahead, job.make, nearest, at.state), begun=border.coming
+                        *(job.pool, job.ahead, job.make, nearest, at.state),
+                        begun=border.coming,
+                        measure=job.measure,
                     )
                 save = job.save_every is not None and at.progress.step % job.save_every == 0
         ended = time.perf_counter()
@@ -151,11 +156,18 @@ def event_of(kind: str, at: At, phase: Phase, metrics: Mapping[str, Any]) -> Eve
     return Event(kind, step, phase.name, at.state, metrics, at.progress)
 
 
-def _stream(job: Job, at: At, feed: Feed, step: Any, total: int) -> Any:
-    """Return (state, metrics) of step after step to the end of a phase."""
+def _stream(job: Job, at: At, phase: Phase, feed: Feed, step: Any, total: int) -> Any:
+    """Return (state, metrics, shares) of step after step to the end of a phase."""
     start, number = at.progress.phase_start, at.progress.step
     batches = itertools.islice(feed.batches(number), max(0, start + total - number))
-    return between(fit(at.state, prefetched(batches, job.put), step, start=jnp.int32(start)))
+    shares, since = job.measure(phase.live), itertools.count(number - start)
+
+    def before(state: TrainState, batch: Batch) -> Any:
+        due = shares is not None and shares.due(next(since))
+        return shares.call(state, batch, 0) if shares is not None and due else None
+
+    placed = prefetched(batches, job.put)
+    return between(fit(at.state, placed, step, start=jnp.int32(start), before=before))
 
 
 def _entered(job: Job, at: At, phase: Phase, known: Mapping[str, str]) -> At:

@@ -7,6 +7,7 @@ Logging, tables and stopping are plain lines of that loop.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from jtl.train.phase import Border, Event, Job, event_of, run_phase
 from jtl.train.plan import Phase, Plan, check_plan, ever_live, length
 from jtl.train.progress import Progress
 from jtl.train.resume import At, resumed
+from jtl.train.shares import Shares, compiled, make_shares
 from jtl.train.state import Apply, Batch, Term, TrainState, create
 from jtl.train.step import make_step
 
@@ -80,12 +82,14 @@ def run(
     ema: float | None = None,
     watch: Any = None,
     project: Any = None,
+    shares_every: int | None = None,
     checkpoints: Checkpoints | None = None,
     save_every: int | None = None,
     make: Callable[..., Any] | None = None,
     put: Callable[[Batch], Any] = jax.device_put,
     ahead: Ahead | None = None,
     locate: Callable[[Any, Any, Any], str | None] | None = None,
+    alone: Apply | None = None,
 ) -> Generator[Event, None, None]:
     """Run the phases of a plan, and yield what happens.
 
@@ -117,6 +121,9 @@ def run(
         watch: transform that sees each update as it was applied (`make_step`); what it came to is
             `event.state.watch`, over the leaves that move in some phase. As given to `start_state`.
         project: (names of reference terms, `(grads, reference_grads) -> grads`), see `make_step`.
+        shares_every: steps between events "shares", which tell how much of the gradient is each
+            term's (`train.shares`), the first step of a phase being one; None gives none, nor does
+            a run of one term. The numbers of the run are the same with and without.
         checkpoints: an open folder, which stays open; None saves nothing.
         save_every: steps between saves, beside those after each evaluation.
         make: `(apply, terms, tx, labels, rates, **options of make_step) -> compiled step`; None
@@ -124,6 +131,7 @@ def run(
         put: starts the transfer of a batch to the devices.
         ahead: what is known of phases before they begin; None compiles each when it begins.
         locate: `(params, stats, batch) -> name of the first block that is not finite`, for errors.
+        alone: the same forward pass for one program, where that of the step is for `pmap`.
 
     Raises:
         ValueError: at once: the plan does not fit the labels, or checkpoints of another plan or
@@ -132,8 +140,9 @@ def run(
         NonFiniteError: a loss or gradient that is not finite, with step, term and block.
     """
     check_plan(plan, jax.tree.leaves(labels))
-    if save_every is not None and save_every < 1:
-        raise ValueError(f"save_every is {save_every}; give a number of steps, or None")
+    for name, every in {"save_every": save_every, "shares_every": shares_every}.items():
+        if every is not None and every < 1:
+            raise ValueError(f"{name} is {every}; give a number of steps, or None")
     ever = ever_live(plan)
 
     def make_phase(phase: Phase, epoch: Epoch) -> Any:
@@ -145,6 +154,15 @@ def run(
         seen = {"watch": watch, "ever_live": ever, "project": project}
         options = {"clip": clip, "accumulate": accumulate, "ema": ema, **seen}
         return build(apply, terms, tx, labels, rates, **options)
+
+    @functools.cache
+    def measure(live: frozenset[str]) -> Shares | None:
+        if shares_every is None or len(terms) < 2:
+            return None
+        reference = () if project is None else project[0]
+        options = {"reference": tuple(reference), "accumulate": accumulate}
+        found = make_shares(alone or apply, terms, labels, live, **options)
+        return Shares(compiled(found), shares_every)
 
     def explain(state: TrainState, phase: Phase, batch: Batch) -> Exception:
         options = {"labels": labels, "live": phase.live, "locate": locate}
@@ -163,6 +181,7 @@ def run(
         save_every=save_every,
         put=put,
         ahead=ahead,
+        measure=measure,
     )
     at, background = resumed(checkpoints, At(state, start), plan, labels), contextlib.ExitStack()
     job = job._replace(pool=background.enter_context(in_background()))
@@ -175,7 +194,7 @@ def _first(job: Job, at: At) -> Coming:
     """Have the phases that come first compiled already, whatever happens until the run begins."""
     first = job.plan[at.progress.phase : at.progress.phase + 2]
     cold = None if job.ahead is None else job.ahead._replace(warm=None)  # evaluated at once
-    return prepare(job.pool, cold, job.make, first, at.state)
+    return prepare(job.pool, cold, job.make, first, at.state, measure=job.measure)
 
 
 def _run(

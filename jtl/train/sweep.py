@@ -127,7 +127,7 @@ def sweep(
     start = jnp.int32(int(state.step))
     copy = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
     mean, best, number = 0.0, math.inf, 0
-    for _, metrics in fit(copy, itertools.islice(batches, steps), step, start=start):
+    for _, metrics, _ in fit(copy, itertools.islice(batches, steps), step, start=start):
         read = jax.device_get({name: metrics[name] for name in ("loss", "finite")})
         if not read["finite"]:
             return
