@@ -34,7 +34,7 @@ def test_a_lacking_field_and_a_section_that_is_none_are_named():
     with pytest.raises(ValueError, match=r"data of kind 'tfds' lacks \['name'\]"):
         config.build("data", {"kind": "tfds"})
     with pytest.raises(ValueError, match=r"section penalties is 'l2_sp'; write .*'ewc'"):
-        config._penalty("l2_sp")
+        config._one_of("penalties", "l2_sp")
     with pytest.raises(ValueError, match=r"recipe 'fine_tune' lacks \['data', 'folder'\]"):
         config.run({"backbone": {"kind": "pretrained", "name": "x"}})
 

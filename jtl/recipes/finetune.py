@@ -15,15 +15,17 @@ from typing import Any
 from jtl.models.backbone import Backbone
 from jtl.models.export import export
 from jtl.models.model import Model
-from jtl.recipes import identity, tasks, verdict
+from jtl.recipes import tasks, verdict
 from jtl.recipes.datasets import check_sources, make_datasets, once
 from jtl.recipes.follow import Ended, follow, group_rows
 from jtl.recipes.optimizers import adamw
 from jtl.recipes.predict import Predictor
-from jtl.recipes.start import attached, opened, origin
+from jtl.recipes.retain import Before, Watched
+from jtl.recipes.start import attached, described, opened
 from jtl.recipes.training import Engine, Job, Settings, make_engine, make_parts
-from jtl.report import console, html, record
-from jtl.train import phases
+from jtl.recipes.watching import changed, scored_before, starts, watch
+from jtl.report import console, html, penalised, record
+from jtl.train import checkpoint, phases
 from jtl.train.compile import enable_cache
 from jtl.train.evaluate import make_predict
 from jtl.weights.report import LoadReport, counts
@@ -42,6 +44,7 @@ def fine_tune(
     plan: Callable[..., Sequence[phases.Phase]] = DEFAULT_PLAN,
     optimizer: Any = None,
     penalties: Sequence[Callable[..., Any]] = (),
+    retain: Sequence[Callable[..., Watched]] = (),
     head: str = "head",
     batch_size: int = 32,
     buckets: int = 2,
@@ -72,6 +75,8 @@ def fine_tune(
         plan: `(groups, heads) -> phases`; the builders of `train.phases` with their options bound.
         optimizer: transform at unit rate for every label; None is `recipes.optimizers.adamw()`.
         penalties: `Start -> Part`; those of `recipes.terms` with their options bound.
+        retain: `Before -> Watched`, sources whose figures are watched; those of `recipes.retain`
+            with their options bound.
         head: name of the task's head.
         batch_size: examples a step.
         buckets: number of padded lengths that texts are sorted into.
@@ -105,21 +110,10 @@ def fine_tune(
     )
     start, classes = opened(backbone)
     check_sources(data)
-    shown = {
-        "recipe": "fine_tune",
-        "backbone": origin(start),
-        "data": identity.sources(data),
-        "head": head,
-        "task": identity.called(task),
-        "plan": identity.called(plan),
-        "penalties": [identity.called(penalty) for penalty in penalties],
-        "buckets": buckets,
-        "max_length": max_length,
-        "seed": seed,
-        "dtype": dtype,
-        "remat": remat,
-        **settings._replace(optimizer="given" if optimizer else "adamw")._asdict(),
-    }
+    options = {"head": head, "buckets": buckets, "max_length": max_length, "seed": seed}
+    options |= {"dtype": dtype, "remat": remat, "optimizer": "given" if optimizer else "adamw"}
+    calls = {"task": task, "plan": plan, "penalties": penalties, "retain": retain}
+    shown = described("fine_tune", start, data, settings, options, calls=calls)
     run = record.open_run(folder, config=config or shown, overwrite=overwrite)
     if run.result is not None:
         console.finished(run.folder, run.result)
@@ -130,16 +124,22 @@ def fine_tune(
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     job = Job(model, head, job_task, datasets, list(plan(model.groups, (head,))), seed)
-    parts = make_parts(job, penalties, tuple(start.heads) if isinstance(start, Model) else ())
+    kept = tuple(start.heads) if isinstance(start, Model) else ()
+    watching, settings = watch(job, settings, retain, Before(model, kept, classes))
+    parts = make_parts(job, penalties, kept)
     place = run.folder / record.CHECKPOINTS
-    engine = make_engine(job, settings, parts=parts, folder=place)
+    engine = make_engine(job, settings, parts=parts, folder=place, retained=watching)
     rows = group_rows(job)
     console.groups(rows, [phase.name for phase in job.plan])
     with contextlib.closing(engine.events):
         baselines, probed = _baselines(job, engine)
-        ended = follow(run, job, engine)
+        resumed = checkpoint.latest(engine.checkpoints) is not None
+        first = scored_before(watching, job, resumed=resumed)
+        ended = follow(run, job, engine, watched=starts(watching, first))
     tuned = dataclasses.replace(model, params=ended.params, stats=ended.stats)
     result = _result(run, job, baselines, probed, tuned, ended, began) | {"groups": rows}
+    result |= changed(watching, job, tuned, first)
+    result |= penalised.found(record.read_rows(run.folder), [part.name for part in parts])
     export(run.folder / record.MODEL, tuned, labels={**classes, head: job_task.classes})
     run = record.write_result(run, result)
     html.write_report(run.folder)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jtl import masks
@@ -21,8 +22,21 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def follow(place: record.Run, job: Job, engine: Engine) -> Ended:
-    """Run to the end: every event goes to `metrics.jsonl` and to the console."""
+def follow(
+    place: record.Run,
+    job: Job,
+    engine: Engine,
+    *,
+    watched: Mapping[str, tuple[str, float]] | None = None,
+) -> Ended:
+    """Run to the end: every event goes to `metrics.jsonl` and to the console.
+
+    Args:
+        place: the run folder.
+        job: what is trained.
+        engine: the job made ready.
+        watched: {source: (its figure, the value before)} that evaluations give beside the task's.
+    """
     planned = [
         {"name": p.name, "live": sorted(p.live), "steps": plan.length(p, *engine.epoch)}
         for p in job.plan
@@ -34,7 +48,7 @@ def follow(place: record.Run, job: Job, engine: Engine) -> Ended:
         if engine.checkpoints is not None:
             stack.callback(checkpoint.close, engine.checkpoints)
         stack.enter_context(contextlib.closing(engine.events))  # an error below saves the state
-        options = {"metric": job.task.metric, "order": job.model.groups}
+        options = {"metric": job.task.metric, "order": job.model.groups, "watched": watched or {}}
         show = stack.enter_context(console.progress(planned, **options))
         waiting: list[Event] = []
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from jtl.data import Dataset, fingerprint, row_shapes
+from jtl.data import Dataset, Source, fingerprint, row_shapes
 from jtl.data.store import FORMAT
 from jtl.report import record
 
@@ -112,6 +112,10 @@ def _named(function: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping) and all(isinstance(part, Source) for part in value.values()):
+        return sources(value)
+    if callable(value):
+        return called(value)
     return value if isinstance(value, str | int | float | bool | tuple | None) else str(value)
 
 

@@ -1,11 +1,15 @@
 """What training starts from: a pretrained backbone, a model, or a trained run; the head on it."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import numpy as np
 
 from jtl.models.backbone import Backbone
 from jtl.models.model import Model, add_head, attach
 from jtl.recipes import identity
+from jtl.recipes.job import Settings
 from jtl.recipes.predict import Predictor
 from jtl.recipes.tasks import Task
 
@@ -39,3 +43,37 @@ def attached(backbone: Backbone | Model, head: str, task: Task, seed: int) -> Mo
             "give the task a head of another name by head="
         )
     return backbone
+
+
+def described(
+    recipe: str,
+    start: Backbone | Model,
+    data: Mapping[str, Any],
+    settings: Settings,
+    options: Mapping[str, Any],
+    *,
+    calls: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what a run is of, as plain data: `config.json` where there is no config file.
+
+    Args:
+        recipe: its name.
+        start: what training starts from.
+        data: {part: source}.
+        settings: how it is trained.
+        options: plain values; they stand before the settings of their names.
+        calls: functions with options bound, or sequences of them.
+    """
+    return {
+        "recipe": recipe,
+        "backbone": origin(start),
+        "data": identity.sources(data),
+        **settings._asdict(),
+        **options,
+        **{name: _called(call) for name, call in calls.items()},
+    }
+
+
+def _called(call: Any) -> Any:
+    many = isinstance(call, Sequence)
+    return [identity.called(one) for one in call] if many else identity.called(call)

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jtl.report import readable, tables
+from jtl.report import forgotten, readable, tables
 from jtl.report.progress import progress
 from jtl.report.screen import draw, fits, make_console, say
 
@@ -59,10 +59,20 @@ def groups(rows: Sequence[Mapping[str, Any]], phases: Sequence[str], *, out: Any
 
 
 def verdict(result: Mapping[str, Any], *, out: Any = None) -> None:
-    """Print baselines and target on both splits, and what that says in words."""
+    """Print baselines and target on both splits, and what that says in words.
+
+    Where sources were watched, what they lost; and the warnings of the run, last.
+    """
     out = make_console() if out is None else out
     draw(out, tables.verdict(result), strong=("fine-tuned",))
     say(out, tables.sentence(result), style="bold")
+    if result.get("retain"):
+        found = forgotten.table(result)
+        draw(out, found if fits(out, found) else forgotten.short(found), strong=(forgotten.TARGET,))
+        for words in forgotten.sentences(result):
+            say(out, words, style="bold")
+    for words in result.get("warnings", ()):
+        say(out, f"WARNING: {words}", style="bold red")
 
 
 def finished(folder: str | pathlib.Path, result: Mapping[str, Any], *, out: Any = None) -> None:

@@ -50,13 +50,13 @@ def evaluations(rows: Sequence[Row], metric: str) -> Series:
     return Series(tuple(step for step, _ in kept), tuple(value for _, value in kept))
 
 
-def named(rows: Sequence[Row], prefix: str) -> dict[str, Series]:
-    """Return the series of every figure `prefix/LABEL` of the steps, with a gap where it is absent.
+def named(rows: Sequence[Row], prefix: str, kind: str = "step") -> dict[str, Series]:
+    """Return the series of every figure `prefix/LABEL` of a kind, with a gap where it is absent.
 
     >>> named([{"kind": "step", "step": 1, "rate/head": 0.1}, {"kind": "step", "step": 2}], "rate")
     {'head': Series(steps=(1, 2), values=(0.1, None))}
     """
-    steps = [row for row in rows if row["kind"] == "step"]
+    steps = [row for row in rows if row["kind"] == kind]
     names = dict.fromkeys(name for row in steps for name in row if name.startswith(f"{prefix}/"))
     at = tuple(row["step"] for row in steps)
     return {

@@ -2,15 +2,13 @@
 
 import json
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from jtl.report import curves, plots, readable, record, tables
+from jtl.report import curves, elements, forgotten, penalised, plots, readable, record, tables
 from jtl.report.jsonfile import read, replace
 
-_FORBID_NETWORK = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _PHASE_COLUMNS = 8
 
 
@@ -43,32 +41,26 @@ def page(result: Mapping[str, Any], rows: Sequence[curves.Row]) -> str:
         ValueError: the result lacks keys.
     """
     record.check_result(result)
-    style = pathlib.Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     title = f"Fine-tuning of {_last(result.get('source', 'a model'))}"
     parts = [
         _head(result, title),
-        _section(
+        elements.section(
             "Verdict",
-            _pair(
-                _table(tables.verdict(result), strong="fine-tuned", look="wide fit"),
+            elements.pair(
+                elements.table(tables.verdict(result), strong="fine-tuned", look="wide fit"),
                 _scores(result),
             ),
         ),
-        _section("Training", _pair(*_curves(result, rows))),
-        _section("Test split", _pair(*_pictures(result))),
-        _section("Phases", _phases(result)),
-        _section("Groups", _groups(result)),
-        _section("Weights from the checkpoint", _load(result)),
-        _section("Settings", _settings(result)),
+        elements.section("Training", elements.pair(*_curves(result, rows))),
+        forgotten.section(result, rows),
+        penalised.section(result, rows),
+        elements.section("Test split", elements.pair(*_pictures(result))),
+        elements.section("Phases", _phases(result)),
+        elements.section("Groups", _groups(result)),
+        elements.section("Weights from the checkpoint", _load(result)),
+        elements.section("Settings", _settings(result)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_FORBID_NETWORK}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
+    return elements.document(title, parts)
 
 
 def _head(result: Mapping[str, Any], title: str) -> str:
@@ -81,15 +73,25 @@ def _head(result: Mapping[str, Any], title: str) -> str:
     bad = gain is not None and gain["interval"][0] <= 0
     held = "" if result["held_bit_equal"] else "<br>Held leaves changed: do not trust this run."
     look = "verdict bad" if bad or held else "verdict"
-    return (
-        f"<h1>{escape(title)}</h1>\n<p class='soft'>{escape(' · '.join(facts))}</p>\n"
-        f"<p class='{look}'>{escape(tables.sentence(result))}{held}</p>"
-    )
+    lines = [
+        f"<h1>{escape(title)}</h1>\n<p class='soft'>{escape(' · '.join(facts))}</p>",
+        f"<p class='{look}'>{escape(tables.sentence(result))}{held}</p>",
+    ]
+    for row, words in zip(
+        result.get("retain", {}).values(), forgotten.sentences(result), strict=True
+    ):
+        look = "verdict bad" if forgotten.verdict(row) == "lost" else "verdict"
+        lines.append(f"<p class='{look}'>{escape(words)}</p>")
+    warnings = result.get("warnings", ())
+    lines += [f"<p class='verdict bad'>Warning: {escape(words)}</p>" for words in warnings]
+    return "\n".join(lines)
 
 
 def _scores(result: Mapping[str, Any]) -> str:
     words = readable.words(result["metric"])
-    return _figure(f"Test {words}", "point and 95 % bootstrap interval", plots.scores(result))
+    return elements.figure(
+        f"Test {words}", "point and 95 % bootstrap interval", plots.scores(result)
+    )
 
 
 def _curves(result: Mapping[str, Any], rows: Sequence[curves.Row]) -> list[str]:
@@ -109,7 +111,7 @@ def _curves(result: Mapping[str, Any], rows: Sequence[curves.Row]) -> list[str]:
         ("Learning rate by group", "a held group has no line", plots.rates(rows, order)),
         ("Terms of the loss", "smoothed", plots.terms(rows)),
     )
-    return [_figure(title, words, svg) for title, words, svg in drawn if svg]
+    return [elements.figure(title, words, svg) for title, words, svg in drawn if svg]
 
 
 def _pictures(result: Mapping[str, Any]) -> list[str]:
@@ -117,7 +119,9 @@ def _pictures(result: Mapping[str, Any]) -> list[str]:
     if "confusion" in result:
         table = result["confusion"]
         svg = plots.confusion(table["classes"], table["counts"])
-        found.append(_figure("Confusion matrix", "examples; colour: share of the true class", svg))
+        found.append(
+            elements.figure("Confusion matrix", "examples; colour: share of the true class", svg)
+        )
     if "calibration" in result:
         sums = result["calibration"]
         svg = plots.reliability(sums["confidence"], sums["correct"], sums["count"])
@@ -125,9 +129,9 @@ def _pictures(result: Mapping[str, Any]) -> list[str]:
         words = "accuracy by confidence"
         if error is not None:
             words += f"; calibration error {readable.figure('calibration_error', error)}"
-        found.append(_figure("Reliability", words, svg))
+        found.append(elements.figure("Reliability", words, svg))
     if "figures" in result:
-        found.append(_table(_figures(result["figures"])))
+        found.append(elements.table(_figures(result["figures"])))
     return found
 
 
@@ -153,7 +157,7 @@ def _phases(result: Mapping[str, Any]) -> str:
     words = (
         f"Before and after: validation {readable.words(result['metric'])}. {stall} {shared} {held}"
     )
-    return _table(table) + f"\n<p class='soft'>{escape(words)}</p>"
+    return elements.table(table) + f"\n<p class='soft'>{escape(words)}</p>"
 
 
 def _groups(result: Mapping[str, Any]) -> str:
@@ -161,11 +165,11 @@ def _groups(result: Mapping[str, Any]) -> str:
         return ""
     names = [phase["name"] for phase in result["phases"]]
     table = tables.groups if len(names) <= _PHASE_COLUMNS else tables.openings
-    return _table(table(result["groups"], names))
+    return elements.table(table(result["groups"], names))
 
 
 def _load(result: Mapping[str, Any]) -> str:
-    return _table(tables.load(result["loaded"], result.get("load_report", {})), names=2)
+    return elements.table(tables.load(result["loaded"], result.get("load_report", {})), names=2)
 
 
 def _settings(result: Mapping[str, Any]) -> str:
@@ -173,49 +177,7 @@ def _settings(result: Mapping[str, Any]) -> str:
     config = json.dumps(result["config"], indent=2, ensure_ascii=False)
     return (
         f"<details><summary>Config</summary>\n<pre>{escape(config)}</pre>\n</details>\n"
-        f"<details><summary>Versions</summary>\n{_table(versions)}\n</details>"
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
-
-
-def _pair(*parts: str) -> str:
-    found = [part for part in parts if part]
-    return "<div class='pair'>\n" + "\n".join(found) + "\n</div>" if found else ""
-
-
-def _figure(title: str, words: str, svg: str) -> str:
-    caption = f"{escape(title)}<small>{escape(words)}</small>"
-    return f"<figure>\n<figcaption>{caption}</figcaption>\n{svg}\n</figure>"
-
-
-def _table(table: tables.Table, *, strong: str = "", names: int = -1, look: str = "wide") -> str:
-    """Return a table; the row of first cell `strong` stands out, the column `names` may break."""
-    sides = ["class=left" if i < table.left else "" for i in range(len(table.headers))]
-    if names >= 0:
-        sides[names] = "class='left names'"
-    head = _cells("th", sides, table.headers)
-    body = [
-        f"<tr{' class=strong' if row[0] == strong else ''}>{_cells('td', sides, row)}</tr>"
-        for row in table.rows
-    ]
-    return (
-        f"<div class='{look}'><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n"
-        + "\n".join(body)
-        + "\n</tbody></table></div>"
-    )
-
-
-def _cells(kind: str, sides: Sequence[str], cells: Sequence[str]) -> str:
-    looks = [
-        "class=held" if cell == tables.HELD else side
-        for side, cell in zip(sides, cells, strict=True)
-    ]
-    bound = [re.sub(r"(?<=\d) (?=%|s\b)", "&nbsp;", escape(cell)) for cell in cells]
-    return "".join(
-        f"<{kind} {look}>{cell}</{kind}>" for look, cell in zip(looks, bound, strict=True)
+        f"<details><summary>Versions</summary>\n{elements.table(versions)}\n</details>"
     )
 
 

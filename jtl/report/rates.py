@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from jtl.report import html, plots, readable, record, tables
+from jtl.report import drawing, elements, readable, record, tables
+from jtl.report.drawing import MAIN, WARM
 from jtl.report.jsonfile import replace
 from jtl.report.screen import draw, make_console, say
 
@@ -74,15 +75,15 @@ def plot(result: Mapping[str, Any]) -> str:
     """Return the loss by rate as SVG, each suggestion a line; what ran away is cut off above."""
     readings, losses = result["readings"], result["losses"]
     rates = [row["rate"] for row in readings]
-    with plots._figure() as (figure, axes):
-        raw = plots._gaps([row["loss"] for row in readings])
-        axes.plot(rates, raw, color=plots.MAIN, alpha=0.3, linewidth=0.8)
-        axes.plot(rates, [row["smoothed"] for row in readings], color=plots.MAIN, linewidth=1.8)
+    with drawing.canvas() as (figure, axes):
+        raw = drawing.gaps([row["loss"] for row in readings])
+        axes.plot(rates, raw, color=MAIN, alpha=0.3, linewidth=0.8)
+        axes.plot(rates, [row["smoothed"] for row in readings], color=MAIN, linewidth=1.8)
         for i, (rule, rate) in enumerate(sorted(result["suggestions"].items(), key=_by_rate)):
-            axes.axvline(rate, color=plots.WARM, linestyle="--", linewidth=1)
+            axes.axvline(rate, color=WARM, linestyle="--", linewidth=1)
             axes.annotate(
                 rule, (rate, 1.0 - 0.07 * i), xycoords=("data", "axes fraction"),
-                xytext=(3, -3), textcoords="offset points", color=plots.WARM, fontsize=9, va="top",
+                xytext=(3, -3), textcoords="offset points", color=WARM, fontsize=9, va="top",
             )  # fmt: skip
         least, first = min(losses), max(losses[0], readings[0]["smoothed"])
         height = max(first - least, 1e-3 * abs(first), 1e-6)
@@ -90,12 +91,11 @@ def plot(result: Mapping[str, Any]) -> str:
         words = f"rate of {readable.spans(result['fastest'])}"
         limits = (least - 0.3 * height, first + 0.6 * height)
         axes.set(xlabel=words, ylabel="training loss", ylim=limits)
-        return plots._svg(figure, "training loss by learning rate")
+        return drawing.svg(figure, "training loss by learning rate")
 
 
 def page(result: Mapping[str, Any]) -> str:
     """Return the page of a sweep: curve, table, settings; it opens without network."""
-    style = pathlib.Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     title = f"Learning rates of phase {result['phase']}"
     facts = [readable.plural(len(result["readings"]), "step"), f"seed {result['seed']}"]
     if result["source"]:
@@ -105,23 +105,16 @@ def page(result: Mapping[str, Any]) -> str:
         ("label", "rate in the plan"),
         tuple((label, readable.rate(peak)) for label, peak in result["peaks"].items()),
     )
-    found = html._table(table(result), strong=_USUAL)
+    found = elements.table(table(result), strong=_USUAL)
     parts = [
         f"<h1>{escape(title)}</h1>\n<p class='soft'>{escape(' · '.join(facts))}</p>",
         f"<p class='verdict'>{escape(sentence(result))}</p>",
-        html._pair(html._figure("Training loss by rate", caption, plot(result)), found),
-        html._section("Rates that are scaled together", html._table(peaks)),
+        elements.pair(elements.figure("Training loss by rate", caption, plot(result)), found),
+        elements.section("Rates that are scaled together", elements.table(peaks)),
         f"<details><summary>Config</summary>\n<pre>"
         f"{escape(json.dumps(result['config'], indent=2, ensure_ascii=False))}</pre>\n</details>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{html._FORBID_NETWORK}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
+    return elements.document(title, parts)
 
 
 def write(folder: pathlib.Path, result: Mapping[str, Any]) -> pathlib.Path:
