@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jtl import masks
-from jtl.near import listed
+from jtl import per_example
 
 LogProb = Callable[[Any, Any, Any], jax.Array]
-_Score = Callable[[Any, Any], jax.Array]
 _MODES = ("sampled", "data", "exact")
 
 
@@ -55,8 +53,7 @@ def fisher_diagonal(
         classes: number of labels, 0..classes-1; for "sampled" and "exact".
         key: for "sampled".
         mask: True = included; other leaves are not differentiated and are None in the result.
-        chunk: examples whose gradients are in memory at once, each as large as the included leaves;
-            None takes a whole batch.
+        chunk: examples that are taken at once; None chooses, see `per_example.gradient_moment`.
 
     Raises:
         ValueError: an option is missing or unknown; there are no examples; rows do not agree in
@@ -65,101 +62,53 @@ def fisher_diagonal(
     Reference: Kirkpatrick et al. 2017, arXiv:1612.00796; Kunstner, Balles and Hennig 2019,
         arXiv:1905.12558 (true against empirical).
     """
-    _check_options(labels, classes, key, chunk)
-    chosen = jax.tree.map(lambda _: True, params) if mask is None else mask
-    live, held = masks.split(params, chosen)
-    _check_floats(live)
-    step = jax.jit(_make_step(log_prob, labels, classes, chunk))
-    total = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.float32), live)
+    _check_options(labels, classes, key)
+    score = per_example.once(_make_score, log_prob, labels, classes)
+    rows = _rows(batches, labels, key)
+    return per_example.gradient_moment(score, params, rows, mask=mask, chunk=chunk)
+
+
+def _make_score(log_prob: LogProb, mode: str, classes: int | None) -> per_example.Score:
+    """Return the log-probabilities that are differentiated for one example, and their weights."""
+
+    def log_prob_of(params: Any, example: Any, label: Any) -> jax.Array:
+        value = log_prob(params, example, label)
+        _check_scalar(value)
+        return value.astype(jnp.float32)
+
+    def score(params: Any, row: Any) -> tuple[jax.Array, jax.Array]:
+        example, target, key = row
+        if mode == "data":
+            return log_prob_of(params, example, target)[None], jnp.ones(1)
+        every = jax.vmap(lambda label: log_prob_of(params, example, label))(jnp.arange(classes))
+        if mode == "exact":
+            return every, jax.nn.softmax(every)
+        return every[jax.random.categorical(key, every)][None], jnp.ones(1)
+
+    return score
+
+
+def _rows(batches: Iterable[tuple[Any, Any]], mode: str, key: Any) -> Iterator[Any]:
+    """Yield (examples, labels, keys), with None for what the mode does not read."""
     seen = 0
-    for examples, targets, rows in _rows(batches, labels):
-        total = step(total, live, held, examples, targets, key, seen)
-        seen += rows
-    if not seen:
-        raise ValueError("batches gave no examples; give at least one, and no spent iterator")
-    mean = jax.tree.map(lambda leaf: leaf / seen, total)
-    _check_finite(mean)
-    return mean
-
-
-def _make_step(
-    log_prob: LogProb, mode: str, classes: int | None, chunk: int | None
-) -> Callable[..., Any]:
-    """Return `step` that adds the squared gradients of a batch to a total, chunk by chunk."""
-
-    def step(
-        total: Any, live: Any, held: Any, examples: Any, targets: Any, key: Any, seen: Any
-    ) -> Any:
-        rows = jax.tree.leaves(examples)[0].shape[0]
-        width = rows if chunk is None else min(chunk, rows)
-
-        def squares(row: Any) -> Any:
-            example, target = jax.tree.map(lambda leaf: leaf[row], (examples, targets))
-
-            def score(live: Any, label: Any) -> Any:
-                value = log_prob(masks.merge(live, held), example, label)
-                _check_scalar(value)
-                return value.astype(jnp.float32)
-
-            own_key = None if key is None else jax.random.fold_in(key, seen + row)
-            return _squares(score, live, mode, target, classes, own_key)
-
-        def add(total: Any, numbers: Any) -> tuple[Any, None]:
-            found = jax.vmap(squares)(jnp.minimum(numbers, rows - 1))
-            real = (numbers < rows).astype(jnp.float32)
-            return jax.tree.map(lambda t, s: t + jnp.tensordot(real, s, 1), total, found), None
-
-        numbers = jnp.arange(-(-rows // width) * width).reshape(-1, width)
-        return jax.lax.scan(add, total, numbers)[0]
-
-    return step
-
-
-def _squares(
-    score: _Score, live: Any, mode: str, target: Any, classes: int | None, key: Any
-) -> Any:
-    """Return the squared gradient of one example in float32, for its label or over all labels."""
-    if mode == "data":
-        return _squared(jax.grad(score)(live, target))
-    every = jnp.arange(classes)
-    scores, pull = jax.vjp(lambda p: jax.vmap(lambda label: score(p, label))(every), live)
-    if mode == "sampled":
-        label = jax.random.categorical(key, scores)
-        return _squared(pull(jax.nn.one_hot(label, len(every)))[0])
-
-    def add(total: Any, row: Any) -> tuple[Any, None]:
-        cotangent, probability = row
-        found = _squared(pull(cotangent)[0])
-        return jax.tree.map(lambda t, s: t + probability * s, total, found), None
-
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.float32), live)
-    rows = jnp.eye(len(every)), jax.nn.softmax(scores)
-    return jax.lax.scan(add, zeros, rows)[0]
-
-
-def _squared(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) ** 2, tree)
-
-
-def _rows(batches: Iterable[tuple[Any, Any]], mode: str) -> Iterator[tuple[Any, Any, int]]:
     for number, (examples, targets) in enumerate(batches):
         if mode == "data" and targets is None:
             raise ValueError(
                 f"labels='data' needs the labels of every batch, and batch {number} has None; "
                 "give them, or take labels='sampled'"
             )
-        targets = targets if mode == "data" else None
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves((examples, targets))]
-        if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
-            raise ValueError(
-                f"batch {number} has arrays of the shapes {shapes}; "
-                "all need one leading axis of the same number of rows"
-            )
-        if shapes[0][0]:
-            yield *jax.tree.map(jnp.asarray, (examples, targets)), shapes[0][0]
+        rows = np.shape(jax.tree.leaves(examples)[0])[:1]
+        keys = _keys(key, seen + np.arange(*rows)) if mode == "sampled" and rows else None
+        seen += sum(rows)
+        yield examples, targets if mode == "data" else None, keys
 
 
-def _check_options(mode: str, classes: int | None, key: Any, chunk: int | None) -> None:
+@jax.jit
+def _keys(key: Any, numbers: Any) -> Any:
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+
+
+def _check_options(mode: str, classes: int | None, key: Any) -> None:
     if mode not in _MODES:
         raise ValueError(f"labels={mode!r} is not known; take one of {_MODES}")
     if mode != "data" and (classes is None or classes < 1):
@@ -172,21 +121,6 @@ def _check_options(mode: str, classes: int | None, key: Any, chunk: int | None) 
             "labels='sampled' draws labels, and key=None is given; give key=jax.random.key(0), or "
             "take labels='exact'"
         )
-    if chunk is not None and chunk < 1:
-        raise ValueError(
-            f"chunk={chunk} examples at once; take 1 or more, or None for a whole batch"
-        )
-
-
-def _check_floats(live: Any) -> None:
-    kinds = [jnp.result_type(leaf) for leaf in jax.tree.leaves(live)]
-    pairs = zip(masks.names(live), kinds, strict=True)
-    wrong = [f"{name}: {kind}" for name, kind in pairs if not jnp.issubdtype(kind, jnp.floating)]
-    if wrong or not kinds:
-        raise ValueError(
-            f"gradients need float leaves; of {len(kinds)} included leaves these are none: "
-            f"{listed(wrong)}; choose float leaves with mask="
-        )
 
 
 def _check_scalar(value: Any) -> None:
@@ -194,14 +128,4 @@ def _check_scalar(value: Any) -> None:
         raise ValueError(
             f"log_prob gives {jnp.result_type(value)}{list(jnp.shape(value))} for one example; it "
             "must give a float scalar: index the log-probabilities with the label"
-        )
-
-
-def _check_finite(mean: Any) -> None:
-    leaves = zip(masks.names(mean), jax.tree.leaves(mean), strict=True)
-    wrong = [name for name, leaf in leaves if not bool(jnp.all(jnp.isfinite(leaf)))]
-    if wrong:
-        raise ValueError(
-            f"the Fisher information is not finite in {listed(wrong)}; "
-            "look for NaN in params or examples, and for log 0 in log_prob"
         )
