@@ -17,11 +17,16 @@ TABLES: dict[str, dict[str, str]] = {
         "fine_tune": "jtl.recipes.finetune:fine_tune",
         "continual": "jtl.recipes.continual:continual",
         "find_rate": "jtl.recipes.find_rate:find_rate",
+        "interpolate": "jtl.recipes.interpolate:interpolate",
         "pareto": "jtl.recipes.pareto:pareto",
     },
     "backbone": {
         "pretrained": "jtl.models.load:load_backbone",
         "scratch": "jtl.recipes.scratch:scratch",
+        "run": "jtl.recipes.predict:load",
+    },
+    "tuned": {
+        "fine_tune": "jtl.recipes.finetune:fine_tune",
         "run": "jtl.recipes.predict:load",
     },
     "data": {
@@ -210,8 +215,12 @@ def _built(field: str, value: Any) -> Any:
         return tuple({**task, "data": build("data", task["data"])} for task in value)
     if field in MANY:
         return tuple(_one_of(field, section) for section in value)
+    if field == "ways" and isinstance(value, Mapping):
+        return {way: _built("penalties", sections) for way, sections in value.items()}
     if field not in TABLES:
         return value
+    if field == "tuned" and isinstance(value, Mapping) and value.get("kind") == "fine_tune":
+        return bind(field, {name: _built(name, inner) for name, inner in value.items()})
     return bind(field, value) if field in ("plan", "task") else build(field, value)
 
 

@@ -17,6 +17,7 @@ FILES = {
     "fine_tune": {"config.json", "metrics.jsonl", "result.json", "report.html", "checkpoints"},
     "continual": {"config.json", "result.json", "plain", "penalised"},
     "find_rate": {"config.json", "result.json", "report.html"},
+    "interpolate": {"config.json", "metrics.jsonl", "result.json", "report.html", "tuned"},
 }
 UNTRAINED = {"find_rate"}
 
@@ -49,6 +50,9 @@ def test_a_config_runs_on_small_data(name, tmp_path):
         assert set(written["baselines"]) == {"majority", "linear_probe"}
     elif fields.recipe == "find_rate":
         assert set(written["scales"]) == {"minimum/10", "slide", "steepest", "valley"}
+    elif fields.recipe == "interpolate":
+        assert [row["alpha"] for row in written["curve"]] == [0.0, 0.5, 1.0]
+        assert set(written["retain"]) == {"imdb"}
     else:
         assert set(written["runs"]) == {"plain", "penalised"}
 
@@ -69,10 +73,11 @@ def test_the_command_line_runs_a_config(tmp_path):
 def test_sections_name_known_kinds_and_fields(name):
     fields = config.plain(_get(name))
     for chosen in (fields, {**fields, **fields["smoke_with"]}):
-        for section in set(chosen) & set(config.TABLES) - {"recipe", "penalties"}:
+        for section in set(chosen) & set(config.TABLES) - {"recipe", *config.MANY}:
             config.bind(section, chosen[section])
-        for penalty in chosen.get("penalties", ()):
-            config.bind("penalties", penalty)
+        for many in config.MANY:
+            for section in chosen.get(many, ()):
+                config.bind(many, section)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
