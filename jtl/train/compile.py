@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from jtl.train.state import Batch, Metrics, Step, TrainState
+from jtl.train.state import Batch, Step, TrainState
 
 
 class Compiled(NamedTuple):
@@ -41,6 +41,8 @@ class Compiled(NamedTuple):
 class CompiledSteps:
     """A step that compiles itself once for each shape of batch, and then runs.
 
+    Or another function of state and batch, such as what looks at a step's gradients.
+
     Attributes:
         step: the step, as `make_step` returned it.
         how: `(step, state, batch, start) -> Compiled`.
@@ -48,12 +50,12 @@ class CompiledSteps:
         waits: seconds that each call waited for a program which nobody had compiled ahead.
     """
 
-    step: Step
+    step: Callable[..., Any]
     how: Callable[..., Compiled]
     compiled: dict[Any, Compiled] = dataclasses.field(default_factory=dict)
     waits: list[float] = dataclasses.field(default_factory=list)
 
-    def __call__(self, state: TrainState, batch: Batch, start: Any) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Batch, start: Any) -> Any:
         """Run a step; the state's buffers are taken, the batch's are not."""
         start = jnp.asarray(start, jnp.int32)
         if _shapes(batch) not in self.compiled:
