@@ -48,18 +48,15 @@ def mlp_config(config: Mapping[str, Any]) -> MLPConfig:
         raise ValueError(f"the MLP config lacks {missing}; it has {sorted(config)}; add them")
     known = {field.name for field in dataclasses.fields(MLPConfig)}
     own = {name: value for name, value in config.items() if name in known and value is not None}
-    size = own["image_size"]
-    own["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
-    own["hidden_sizes"] = tuple(own["hidden_sizes"])
-    made = MLPConfig(**own)
-    sizes = (*made.image_size, *made.hidden_sizes)
-    whole = all(isinstance(number, int) and number > 0 for number in sizes)
-    if not whole or len(made.image_size) != 2 or not made.hidden_sizes:
+    size, hidden = own["image_size"], tuple(own["hidden_sizes"])
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    whole = all(isinstance(number, int) and number > 0 for number in (*size, *hidden))
+    if not whole or len(size) != 2 or not hidden:
         raise ValueError(
-            f"the MLP config has image_size={made.image_size} and hidden_sizes="
-            f"{made.hidden_sizes}; give (height, width) and the width of at least one hidden "
-            "layer, all whole numbers above 0"
+            f"the MLP config has image_size={size} and hidden_sizes={hidden}; give (height, width) "
+            "and the width of at least one hidden layer, all whole numbers above 0"
         )
+    made = MLPConfig(**{**own, "image_size": size, "hidden_sizes": hidden})
     activation(made.hidden_act)
     return made
 

@@ -36,7 +36,9 @@ def scratch(
     Raises:
         ValueError: the family is not known, or nothing says what its inputs are.
     """
-    inputs = _inputs(family, config, tokenizer, mean, std) if family in {**FAMILIES, **OWN} else None
+    inputs = (
+        _inputs(family, config, tokenizer, mean, std) if family in {**FAMILIES, **OWN} else None
+    )
     key = jax.random.key(seed)
     return new_backbone(family, config, key=key, inputs=inputs, pooling=pooling)
 

