@@ -72,6 +72,7 @@ TABLES: dict[str, dict[str, str]] = {
         "kl": "jtl.recipes.terms:kl",
         "l2_sp": "jtl.recipes.terms:l2_sp",
         "lwf": "jtl.recipes.terms:lwf",
+        "mas": "jtl.recipes.terms:mas",
         "replay": "jtl.recipes.terms:replay",
         "si": "jtl.recipes.terms:si",
     },

@@ -57,6 +57,7 @@ def fine_tune(
     columns_disk_mib: int = 8192,
     columns_folder: str | None = None,
     ema: float | None = None,
+    shares_every: int | None = 50,
     dtype: str | None = None,
     remat: bool = False,
     seed: int = 0,
@@ -92,6 +93,7 @@ def fine_tune(
             neither, it reads raw batches, and the log says so.
         columns_folder: of these columns; None is `jtl/columns` in the user's cache folder.
         ema: decay of a moving average of the live weights, which is then evaluated and kept.
+        shares_every: steps between probes of each term's share of the gradient; None for none.
         dtype: of the computation, "float32" or "bfloat16"; parameters, optimizer and losses stay
             float32. None is the backbone's own.
         remat: compute the inside of each block again in the backward pass, to save memory.
@@ -106,7 +108,7 @@ def fine_tune(
     settings = Settings(
         optimizer or adamw(),
         *(batch_size, clip, accumulate, parallel, save_every),
-        *(columns_mib, columns_disk_mib, columns_folder, ema),
+        *(columns_mib, columns_disk_mib, columns_folder, ema, shares_every),
     )
     start, classes = opened(backbone)
     check_sources(data)
@@ -139,7 +141,8 @@ def fine_tune(
     tuned = dataclasses.replace(model, params=ended.params, stats=ended.stats)
     result = _result(run, job, baselines, probed, tuned, ended, began) | {"groups": rows}
     result |= changed(watching, job, tuned, first)
-    result |= penalised.found(record.read_rows(run.folder), [part.name for part in parts])
+    names = [part.name for part in parts if part.term is not None and not part.project]
+    result |= penalised.found(record.read_rows(run.folder), names)
     export(run.folder / record.MODEL, tuned, labels={**classes, head: job_task.classes})
     run = record.write_result(run, result)
     html.write_report(run.folder)

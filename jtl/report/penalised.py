@@ -12,8 +12,8 @@ SMALL = 0.01
 def found(rows: Sequence[curves.Row], names: Sequence[str]) -> dict[str, Any]:
     """Return `penalties` and `warnings` of result.json, {} for a run without penalties.
 
-    A share is that of a penalty in the sum of the gradient norms of all terms. At the start many
-    penalties are zero by their nature, so the first probe says nothing and is left out.
+    A share is that of a penalty in the sum of the gradient norms of all terms. Where a phase opens
+    what was held, a penalty on it is still zero, so the first probe of a phase is left out.
 
     >>> rows = [{"kind": "step", "step": 3, "phase": "a", "loss/ewc": 0.2}]
     >>> probes = [(1, 0.0), (2, 0.001), (3, 0.003)]
@@ -26,11 +26,11 @@ def found(rows: Sequence[curves.Row], names: Sequence[str]) -> dict[str, Any]:
     """
     if not names:
         return {}
-    shares = curves.named(rows, "share", kind="shares")
+    probes = _after_the_first([row for row in rows if row["kind"] == "shares"])
     penalties = {
         name: {
             "value": _last(curves.series(rows, "step", f"loss/{name}").values),
-            "share": _share(shares[name].values[1:]) if name in shares else None,
+            "share": _share(curves.series(probes, "shares", f"share/{name}").values),
         }
         for name in names
     }
@@ -77,6 +77,11 @@ def percent(share: float | int | None) -> str:
     if share is None:
         return readable.NOTHING
     return f"{100 * share:.2f} %" if share < SMALL else f"{100 * share:.1f} %"
+
+
+def _after_the_first(probes: Sequence[curves.Row]) -> list[curves.Row]:
+    phases = [row["phase"] for row in probes]
+    return [row for i, row in enumerate(probes) if row["phase"] in phases[:i]]
 
 
 def _share(values: Sequence[float | int | None]) -> dict[str, float] | None:

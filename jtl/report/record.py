@@ -18,8 +18,6 @@ number that is not finite is written null.
                  the state and batch of the step of the same number
     evaluation   the figures on the validation split, the metric of the run among them, and
                  retain/NAME/FIGURE of each source that is watched
-    shares       share/TERM, the norm of the term's gradient over the sum of all terms' norms, and
-                 grad_norm/TERM, probed every so many steps
     phase_start  live (labels), steps (longest length); its step is that at which the phase began
     phase_end    what `phases` of result.json says of the phase, the times of its border too
     skipped      reason (optional): the phase did not run
@@ -62,7 +60,8 @@ save may come twice; `read_rows` takes the last of each (kind, step, phase).
                    model, after the trained one; change is after minus before on the test split,
                    with its paired 95 % bootstrap interval
     [penalties]    {term: {value, share: {median, greatest, last}}}: the loss of the last step, and
-                   the share of the gradient norm over the probes but the first; null for no probe
+                   the share of the gradient norm over the probes, the first of each phase left out;
+                   null where there is no other
     [warnings]     list of texts, shown on the console and at the head of the page
     [groups]       list from stem to heads: {label, leaves, parameters, rates: {phase: rate}}; a
                    phase that is absent holds the label; the rate is the peak, null if unknown
