@@ -1,0 +1,139 @@
+"""The MNIST settings of `benchmarks.forgetting`: tasks, ways, and the strengths of penalties.
+
+Strengths are the best of a short list by the validation figure from a seed that the tables do not
+use: `python -m benchmarks.forgetting --search`.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jtl import config
+
+NAMES = tuple(str(digit) for digit in range(10))
+PAIRS = tuple((digit, digit + 1) for digit in range(0, 10, 2))
+BUFFER = 2000  # examples that replay keeps in all
+
+
+class Setting(NamedTuple):
+    """A sequence of tasks, and the ways to learn it.
+
+    Attributes:
+        scenario: of `recipes.continual`.
+        ways: {way: penalty sections}.
+        plan: of each task.
+        search: {way: strengths that the search compares}.
+        hidden: widths of the MLP.
+        number: of tasks.
+        batch_size: examples a step.
+        clip: largest norm of the gradient, None for none.
+    """
+
+    scenario: str
+    ways: Mapping[str, tuple[dict[str, Any], ...]]
+    plan: Mapping[str, Any]
+    search: Mapping[str, Sequence[float]]
+    hidden: tuple[int, ...] = (400, 400)
+    number: int = 5
+    batch_size: int = 256
+    clip: float | None = None
+
+
+def _fisher(kind: str, weight: float, **fields: Any) -> tuple[dict[str, Any], ...]:
+    return (dict(kind=kind, weight=weight, examples=1000, chunk=100, **fields),)
+
+
+SETTINGS = {
+    "permuted": Setting(
+        "domain",
+        {
+            "plain": (),
+            "ewc": _fisher("ewc", 100.0),
+            "online_ewc": _fisher("ewc", 100.0, form="online"),
+            "si": (dict(kind="si", weight=0.3),),
+            "mas": _fisher("mas", 0.1),
+            "replay": (dict(kind="replay", rows=0.5, size=BUFFER),),
+        },
+        dict(kind="full", rate=3e-4, head_rate=3e-4, epochs=3),
+        {"ewc": (30.0, 100.0, 300.0), "si": (0.1, 0.3, 1.0), "mas": (0.03, 0.1, 0.3)},
+        number=10,
+    ),
+    "split_task": Setting(
+        "task",
+        {
+            "plain": (),
+            "ewc": _fisher("ewc", 1000.0),
+            "si": (dict(kind="si", weight=1.0),),
+            "lwf": (dict(kind="lwf", weight=1.0),),
+            "replay": (dict(kind="replay", rows=0.5, size=BUFFER),),
+        },
+        dict(kind="full", rate=3e-4, head_rate=3e-4, epochs=4),
+        {"ewc": (300.0, 1000.0, 3000.0), "si": (0.3, 1.0, 3.0), "lwf": (0.3, 1.0, 3.0)},
+    ),
+    "split_class": Setting(
+        "class",
+        {
+            "plain": (),
+            "ewc": _fisher("ewc", 1000.0),
+            "si": (dict(kind="si", weight=1.0),),
+            "lwf": (dict(kind="lwf", weight=1.0),),
+            "replay": (dict(kind="replay", rows=0.5, size=BUFFER),),
+        },
+        dict(kind="full", rate=3e-4, head_rate=3e-4, epochs=4),
+        {},
+    ),
+}
+
+
+def tasks(name: str, path: str, number: int, sizes: Mapping[str, Any]) -> tuple[dict, ...]:
+    """Return the tasks of a setting on MNIST in a folder."""
+    data = dict(kind="mnist", path=path, **sizes)
+    if name == "permuted":
+        orders = (None, *range(1, number))
+        return tuple(dict(name=f"order_{i}", data=dict(data, permutation=order))
+                     for i, order in enumerate(orders))  # fmt: skip
+    shared = dict(names=NAMES) if name == "split_class" else {}
+    return tuple(
+        dict(name=f"digits_{'_'.join(map(str, pair))}", data=dict(data, classes=pair, **shared))
+        for pair in PAIRS[:number]
+    )
+
+
+def learn(
+    name: str,
+    setting: Setting,
+    *,
+    path: str,
+    seeds: Sequence[int],
+    sizes: Mapping[str, Any],
+    joint: bool = True,
+) -> dict[str, Any]:
+    """Return the result of a continual run of a setting; nothing of it stays on disk."""
+    shape = dict(image_size=28, num_channels=1, hidden_sizes=setting.hidden)
+    with tempfile.TemporaryDirectory() as folder:
+        return config.run(
+            dict(
+                recipe="continual",
+                folder=f"{folder}/run",
+                scenario=setting.scenario,
+                backbone=dict(
+                    kind="scratch", family="mlp", config=shape, mean=(0.1307,), std=(0.3081,)
+                ),
+                tasks=tasks(name, path, setting.number, sizes),
+                task=dict(kind="classification", dropout=0.0),
+                plan=dict(setting.plan),
+                optimizer=dict(kind="adam"),
+                ways=dict(setting.ways),
+                joint=joint,
+                batch_size=setting.batch_size,
+                clip=setting.clip,
+                checkpoints=False,
+                seeds=tuple(seeds),
+            )
+        )
+
+
+def with_strength(setting: Setting, way: str, weight: float) -> Setting:
+    """Return the setting with one way alone, at another strength."""
+    sections = tuple(dict(section, weight=weight) for section in setting.ways[way])
+    return setting._replace(ways={way: sections})
