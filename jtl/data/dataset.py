@@ -104,6 +104,21 @@ class Dataset:
             origin=None if origin is None else lambda: fingerprint(origin(), rows),
         )
 
+    def loaded(self, memory_bytes: int = MEMORY_BYTES) -> "Dataset":
+        """Return the dataset with what is read kept in memory, if it fits and never changes.
+
+        Args:
+            memory_bytes: room for all of it.
+        """
+        if self.read is None or not self.size or not self.steady:
+            return self
+        row = sum(column.nbytes for column in self.read(np.arange(1)).values())
+        if row * self.size > memory_bytes:
+            return self
+        buckets = [np.flatnonzero(self.bucket == b) for b in range(len(self.parts))]
+        parts = tuple(_all_rows(self, rows) if len(rows) else {} for rows in buckets)
+        return dataclasses.replace(self, parts=parts, read=None, origin=None)
+
     def only(self, *names: str) -> "Dataset":
         """Return the dataset whose batches start at these derived columns: no raw input.
 
@@ -216,12 +231,13 @@ def _images(source: Source, inputs: ImageInputs, memory_bytes: int) -> Dataset:
     quick = isinstance(raw, Pixels) and inputs.levels is not None  # bytes already, in memory
     if quick or source.size * int(np.prod(inputs.size)) * inputs.channels * 4 > memory_bytes:
         return lazy
-    part = _all_rows(lazy)
+    part = _all_rows(lazy, np.arange(source.size))
     return dataclasses.replace(lazy, parts=(part,), read=None, origin=None)
 
 
-def _all_rows(lazy: Dataset, chunk: int = 32) -> dict[str, np.ndarray]:
-    chunks = [np.arange(i, min(i + chunk, lazy.size)) for i in range(0, lazy.size, chunk)]
+def _all_rows(lazy: Dataset, rows: np.ndarray, chunk: int = 32) -> dict[str, np.ndarray]:
+    """Return the columns of rows of one bucket."""
+    chunks = [rows[i : i + chunk] for i in range(0, len(rows), chunk)]
     done = list(ahead(lambda i: lazy.columns(chunks[i]), 0, len(chunks), prefetch=2))
     return {name: np.concatenate([columns[name] for columns in done]) for name in done[0]}
 

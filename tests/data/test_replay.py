@@ -122,3 +122,15 @@ def test_labels_of_two_kinds_are_numbers_and_other_columns_are_refused():
     other = dataclasses.replace(images, parts=({"pixels": images.parts[0]["pixel_values"]},))
     with pytest.raises(ValueError, match="inputs of the one backbone"):
         replay.join([images, other])
+
+
+def test_what_is_read_is_kept_in_memory_where_it_fits_and_never_changes():
+    lazy = make_images(9, 0)
+    kept = lazy.loaded()
+    assert lazy.read is not None and kept.read is None
+    rows = np.arange(9)
+    one, other = (d.columns(rows)["pixel_values"] for d in (lazy, kept))
+    np.testing.assert_array_equal(one, other)
+    assert lazy.loaded(memory_bytes=9 * 2 * 2 * 3 * 4 - 1) is lazy
+    augmented = dataclasses.replace(lazy, augmented=True)
+    assert augmented.loaded() is augmented and kept.loaded() is kept

@@ -197,7 +197,7 @@ def test_a_stream_without_room_has_the_task_read_raw_too(texts):
     assert {x["input_ids"].shape for x in shapes} == {x["input_ids"].shape for x in batches}
 
 
-@pytest.mark.parametrize("kind", ["jit", "fsdp"])
+@pytest.mark.parametrize("kind", ["jit", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_run_compiles_nothing_when_a_phase_begins(texts, kind, monkeypatch):
     made, compiled = [], parallel.compiled
 

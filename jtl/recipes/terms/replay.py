@@ -120,7 +120,8 @@ def _new(start: Start, data: Mapping[str, Any] | None, head: str | None) -> dict
         return {chosen: dataset_of(start, chosen, data, "replay")}
     names = tuple(start.model.heads)
     had = {names[i] for part in _stream(start).parts for i in np.unique(part[HEAD]).tolist()}
-    fresh = [name for name in start.kept if name not in had] or list(start.kept[-1:])
+    given = list(start.datasets)
+    fresh = [name for name in given if name not in had] or given[-1:]
     return {name: dataset_of(start, name, None, "replay") for name in fresh}
 
 
@@ -141,7 +142,7 @@ def _memory(start: Start, found: Mapping[str, Dataset], size: int | None, choose
         rows = np.arange(min(room, dataset.size))
         if number >= old and room < dataset.size:
             rows = _choice(start, dataset, room, choose, number)
-        kept.append(dataset.take(rows))
+        kept.append(dataset.take(rows).loaded())
     sizes = [dataset.size for dataset in kept]
     columns = {
         HEAD: np.repeat(np.asarray([head for _, head in parts], np.int32), sizes),
