@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from jtl import masks
 from jtl.data import batches, encode
 from jtl.models.heads import Linear
 from jtl.models.model import attach
-from jtl.penalties import fisher
 from jtl.recipes import terms
 from jtl.train.state import Context
 
@@ -28,47 +26,6 @@ def start():
 
 def _context(params, refs=None, out=None, batch=None):
     return Context(params, out or {}, batch or {}, refs or {}, jnp.int32(0), jax.random.key(0))
-
-
-def _moved(model, by):
-    backbone = jax.tree.map(lambda leaf: leaf + by, model.params["backbone"])
-    return {**model.params, "backbone": backbone}
-
-
-def test_l2_sp_is_half_the_squared_way_from_the_start(start):
-    part = terms.l2_sp(start, weight=3.0)
-    backbone = start.model.params["backbone"]
-    leaves = sum(leaf.size for leaf in jax.tree.leaves(backbone))
-    value, weight = part.term(_context(_moved(start.model, 0.5), part.refs))
-    assert float(weight) == 1.0
-    assert float(value) == pytest.approx(3.0 * 0.5 * 0.25 * leaves, rel=1e-4)
-    assert float(part.term(_context(start.model.params, part.refs))[0]) == 0.0
-
-
-def test_ewc_weighs_live_leaves_by_the_fisher(start):
-    part = terms.ewc(start, weight=10.0, examples=6, chunk=3)
-    assert part.name == "ewc_head"
-    importance = part.refs["fisher/head"]
-    labels = start.model.labels["backbone"]
-    live, held = masks.split(importance, masks.mask(labels, LIVE & set(start.model.groups)))
-    total = sum(float(leaf.sum()) for leaf in jax.tree.leaves(live))
-    assert total > 0 and all(not np.any(leaf) for leaf in jax.tree.leaves(held))
-    value, _ = part.term(_context(_moved(start.model, 0.1), part.refs))
-    assert float(value) == pytest.approx(10.0 * 0.5 * 0.01 * total, rel=1e-3)
-    assert float(part.term(_context(start.model.params, part.refs))[0]) == 0.0
-
-
-def test_ewc_takes_as_many_examples_as_it_says(start, monkeypatch):
-    seen = []
-
-    def counted(log_prob, params, given, **options):
-        seen.append(sum(len(labels) for _, labels in given))
-        return jax.tree.map(jnp.zeros_like, params)
-
-    monkeypatch.setattr(fisher, "fisher_diagonal", counted)
-    for examples in (5, 33, 1000):
-        terms.ewc(start, examples=examples)
-    assert seen == [5, 33, 40]  # there are no more than 40
 
 
 def test_kl_is_a_mean_over_real_rows(start):

@@ -10,7 +10,7 @@ from jtl.recipes.terms.outputs import kl, lwf
 from jtl.recipes.terms.part import Part, Start, Stream
 from jtl.recipes.terms.replay import agem, replay
 from jtl.recipes.terms.representations import delta, features
-from jtl.recipes.terms.weights import ewc, l2_sp
+from jtl.recipes.terms.weights import ewc, l2_sp, mas
 
 __all__ = [
     "Part",
@@ -23,6 +23,7 @@ __all__ = [
     "kl",
     "l2_sp",
     "lwf",
+    "mas",
     "replay",
     "si",
 ]

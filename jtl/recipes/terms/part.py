@@ -121,10 +121,10 @@ def dataset_of(start: Start, head: str, data: Mapping[str, Any] | None, what: st
     return start.datasets[head]
 
 
-def examples_of(dataset: Dataset, rows: int) -> Iterator[tuple[Any, Any]]:
+def examples_of(dataset: Dataset, rows: int, batch: int = 32) -> Iterator[tuple[Any, Any]]:
     """Return batches of raw columns and labels, real rows only, `rows` in all at the most."""
     left = rows
-    for chosen in jdata.plan(dataset, min(32, dataset.size)):
+    for chosen in jdata.plan(dataset, min(batch, dataset.size)):
         chosen = chosen[:left]
         left -= len(chosen)
         if len(chosen):
