@@ -60,4 +60,5 @@ def projection() -> optax.GradientTransformationExtraArgs:
         del params
         return project(updates, reference_grads), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    init = lambda params: optax.EmptyState()  # noqa: E731
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

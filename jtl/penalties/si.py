@@ -55,7 +55,7 @@ def path_integral() -> optax.GradientTransformationExtraArgs:
         )
         return updates, PathIntegral(omega)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def importance(omega: PyTree, began: PyTree, ended: PyTree, *, damping: float = 0.1) -> PyTree:

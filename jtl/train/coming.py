@@ -78,8 +78,8 @@ def prepare(
 
     def one(phase: Phase) -> Any:
         step = make(phase, epoch)
-        found = None if measure is None else measure(phase.live)
-        for program in (step, found and found.call):
+        shares = None if measure is None else measure(phase.live)
+        for program in [step] if shares is None else [step, shares.call]:
             if hasattr(program, "prepare"):
                 program.prepare(shapes, ahead.shapes(phase.live))
         return epoch, step

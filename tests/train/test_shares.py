@@ -12,9 +12,11 @@ import run_toy as toy
 from jtl import masks
 from jtl.train import checkpoint, parallel, run
 from jtl.train.compile import shapes_of
+from jtl.train.optimizer import phase_optimizer
 from jtl.train.plan import Phase
 from jtl.train.shares import compiled, make_shares
 from jtl.train.state import create
+from jtl.train.step import make_step
 
 PLAN = [
     Phase("head", {"head": 0.05}, epochs=1),
@@ -116,7 +118,7 @@ def test_they_are_of_the_step_of_the_same_number(probed):
     assert shares_of(probed)[1]["grad_norm/error"] == pytest.approx(first.metrics["grad_norm"])
 
 
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("stop", [2, 6])
 def test_a_run_that_was_cut_off_has_the_same_shares(tmp_path, probed, stop):
     events(tmp_path, stop=stop, shares_every=3, save_every=1)
     rest = shares_of(events(tmp_path, shares_every=3))
@@ -167,3 +169,19 @@ def test_eight_devices_are_one(kind):
     assert len(call.compiled) == 1 and call.waits == []
     for name, value in jax.jit(shares)(begin, batch).items():
         assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_they_follow_steps_of_pmap():
+    live, spread = frozenset({"head"}), parallel.make_spread("pmap")
+    plan = [Phase("head", {"head": 0.05}, epochs=1)]
+    tx = phase_optimizer(toy.TXS, toy.labels(), live, live)
+    rates = {"head": 0.05}
+    step = make_step(toy.apply, TERMS, tx, toy.labels(), rates, axis_name=spread.axis_name)
+    steps, state = parallel.compiled(spread, step), parallel.place(spread, toy.begin(plan))
+    call, batch = compiled(make_shares(toy.apply, TERMS, toy.labels(), live)), toy.batch_at(0)
+    for number in range(3):
+        found = call(state, parallel.put(spread, batch), 0)
+        state, metrics = steps(state, parallel.put(spread, batch), 0)
+        norms = [float(found[f"grad_norm/{name}"]) for name in TERMS]
+        assert abs(norms[0] - norms[1]) - 1e-5 <= float(metrics["grad_norm"]) <= sum(norms) + 1e-5
+        assert len(call.compiled) == 1, number
