@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
 
     return ConfigDict(
         dict(
+            recipe="fine_tune",
             folder="runs/retain_reviews",
             backbone=dict(
                 kind="pretrained", name=weights + "sentence-transformers__all-MiniLM-L6-v2"

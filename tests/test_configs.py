@@ -18,6 +18,7 @@ FILES = {
     "continual": {"config.json", "result.json", "plain", "penalised"},
     "find_rate": {"config.json", "result.json", "report.html"},
     "interpolate": {"config.json", "metrics.jsonl", "result.json", "report.html", "tuned"},
+    "pareto": {"config.json", "result.json", "report.html", "strength_0", "strength_1"},
 }
 UNTRAINED = {"find_rate"}
 
@@ -53,6 +54,9 @@ def test_a_config_runs_on_small_data(name, tmp_path):
     elif fields.recipe == "interpolate":
         assert [row["alpha"] for row in written["curve"]] == [0.0, 0.5, 1.0]
         assert set(written["retain"]) == {"imdb"}
+    elif fields.recipe == "pareto":
+        assert [point["strength"] for point in written["points"]] == [0.0, 1.0]
+        assert written["taken"] in (0.0, 1.0)
     else:
         assert set(written["runs"]) == {"plain", "penalised"}
 
