@@ -224,8 +224,9 @@ def _joined(pieces: Sequence[_Piece], length: int) -> Batch:
 
 
 def _check_alike(name: str, columns: Sequence[np.ndarray]) -> None:
-    there = sorted({(column.shape[1:], str(column.dtype)) for column in columns})
-    if len(there) > 1:
+    first = columns[0]
+    if any((x.shape[1:], x.dtype) != (first.shape[1:], first.dtype) for x in columns[1:]):
+        there = sorted({(column.shape[1:], str(column.dtype)) for column in columns})
         raise ValueError(
             f"column {name!r} differs between the task's data and its streams; there are {there}; "
             "encode all with the inputs of the one backbone"
