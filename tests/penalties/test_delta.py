@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from jtl.penalties.delta import channel_weights, delta
 
@@ -64,12 +65,12 @@ def test_channel_weights_by_hand():
 
 
 @given(
-    rises=st.lists(st.floats(-0.125, 1.0, width=32), min_size=2, max_size=20),
+    rises=arrays.arrays(np.float32, 6, elements=st.floats(-0.125, 1.0, width=32)),
     scale=st.floats(0.01, 100),
 )
 @settings(deadline=None, max_examples=30)
 def test_channel_weights_are_a_distribution_and_spread_has_no_unit(rises, scale):
-    rises = jnp.array(rises, jnp.float32)
+    rises = jnp.asarray(rises)
     found = channel_weights(rises + 0.5, jnp.float32(0.5), spread=0.2)
     assert float(found.sum()) == pytest.approx(1.0, rel=1e-5)
     worst, best = np.argmin(rises + 0.5), np.argmax(rises + 0.5)

@@ -10,7 +10,7 @@ import tiny
 
 from jtl.data import batches, encode
 from jtl.models.heads import Linear
-from jtl.models.model import attach
+from jtl.models.model import add_head, attach
 from jtl.recipes import terms
 from jtl.train.state import Context
 
@@ -51,7 +51,8 @@ def test_the_reference_column_is_what_the_start_model_gives(start):
 
 
 def test_a_head_must_be_named_where_two_are_kept(start):
-    two = start._replace(kept=("head", "other"))
+    model = add_head(start.model, "other", Linear(2), key=jax.random.key(2))
+    two = start._replace(model=model, kept=("head", "other"))
     with pytest.raises(ValueError, match=r"head=None is given; .* brought \['head', 'other'\]"):
         terms.kl(two)
     assert terms.kl(two, head="other").name == "kl_other"
