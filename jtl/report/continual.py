@@ -16,7 +16,7 @@ from jtl.report.tables import Table
 
 FIGURES = {
     "average": "average",
-    "learning": "own, when learned",
+    "learning": "own",
     "backward_transfer": "backward transfer",
     "forward_transfer": "forward transfer",
     "forgetting": "forgetting",
@@ -28,10 +28,12 @@ _COLORS = ("#2563eb", "#c2410c", "#047857", "#7c3aed", "#b45309", "#0e7490", "#b
 def summary(result: Mapping[str, Any], part: str = "test") -> Table:
     """Return a row of figures for each way, with the deviation over seeds where there are several.
 
+    Differences are in points where the figures are percent.
+
     >>> run = {"average": 0.7, "backward_transfer": -0.2, "forgetting": 0.2, "learning": 0.9}
     >>> run |= {"forward_transfer": None, "spread": {"average": 0.011}}
     >>> summary({"metric": "accuracy", "runs": {"plain": run}}).rows
-    (('plain', '70.0 ± 1.1 %', '90.0 %', '-20.0 points', '-', '+20.0 points'),)
+    (('plain', '70.0 ± 1.1 %', '90.0 %', '-20.0', '-', '+20.0'),)
 
     Args:
         result: of `recipes.continual`.
@@ -184,7 +186,8 @@ def _heat(result: Mapping[str, Any], way: str) -> str:
 
 def _legend(result: Mapping[str, Any]) -> str:
     words = (
-        "Average: over all tasks after the last. Backward transfer: last minus own, mean over the "
+        "Average: over all tasks after the last. Own: just after each was learned. Backward "
+        "transfer: last minus own, mean over the "
         "earlier tasks. Forward transfer: before training on a task minus a fresh model. "
         f"Forgetting: best before minus last. {_over(result['seeds']).capitalize()}."
     )
@@ -200,7 +203,9 @@ def _cell(metric: str, name: str, value: float | None, spread: float | None) -> 
     if value is None or math.isnan(value):
         return readable.NOTHING
     signed = name in _SIGNED
-    text = readable.difference(metric, value) if signed else readable.figure(metric, value)
+    text = (
+        readable.difference(metric, value, unit=False) if signed else readable.figure(metric, value)
+    )
     if spread is None:
         return text
     scale, digits = (100, 1) if metric in readable.PERCENT else (1, 3)
