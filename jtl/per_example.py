@@ -8,25 +8,20 @@ leaves (biases, norms, shared weights, products over positions, convolutions) ar
 example.
 """
 
-import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 from jaxtyping import PyTree
 
-from jtl import masks
+from jtl import masks, products
 from jtl.near import listed
 
 Score = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 _MEMORY = 2**28  # bytes of per-example gradients at once, where nobody says how many examples
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
-_LAYOUT = ("convert_element_type", "copy", "reshape", "squeeze", "transpose")
 _MADE: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -119,125 +114,16 @@ def _make_step(score: Score, power: int, chunk: int | None) -> Callable[..., Any
     return jax.jit(step, donate_argnums=0)
 
 
-class _Op(NamedTuple):
-    """An equation of the score; what it reads and writes are numbers of values, or constants."""
-
-    eqn: Any
-    reads: tuple[Any, ...]
-    writes: tuple[int, ...]
-
-
-class _Constant(NamedTuple):
-    value: Any
-
-
-class _Product(NamedTuple):
-    """The one use of a leaf: operation `at` takes it, laid out anew, as its operand `side`."""
-
-    at: int
-    side: int
-    layout: tuple[_Op, ...]
-
-
-class _Plan(NamedTuple):
-    """The score of one example as operations on (live, held, example).
-
-    Attributes:
-        ops: in order.
-        outs: where the values and their weights are.
-        products: {number of a live leaf: the product that its gradient is an outer product for}.
-    """
-
-    ops: tuple[_Op, ...]
-    outs: tuple[Any, ...]
-    products: dict[int, _Product]
-
-
-def _plan(score: Score, live: Any, held: Any, example: Any) -> _Plan:
+def _plan(score: Score, live: Any, held: Any, example: Any) -> products.Plan:
     def one(live: Any, held: Any, example: Any) -> Any:
         values, weights = score(masks.merge(live, held), example)
         return values.astype(jnp.float32), weights.astype(jnp.float32)
 
-    closed = jax.make_jaxpr(one)(live, held, example)
-    fresh = itertools.count()
-    ops, outs = _flatten(closed, [next(fresh) for _ in closed.in_avals], fresh)
-    users: dict[Any, list[int]] = {}
-    for number, op in enumerate([*ops, _Op(None, outs, ())]):
-        for read in op.reads:
-            if not isinstance(read, _Constant):
-                users.setdefault(read, []).append(number)
-    found = {i: _product(ops, users, i) for i in range(len(jax.tree.leaves(live)))}
-    return _Plan(ops, outs, {i: product for i, product in found.items() if product is not None})
-
-
-def _flatten(closed: Any, reads: Any, fresh: Iterator[int]) -> tuple[Any, Any]:
-    """Return all operations, those of called functions among them, and where the results are."""
-    jaxpr, ops = closed.jaxpr, []
-    where = dict(zip(jaxpr.invars, reads, strict=True))
-    where |= {v: _Constant(c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)}
-
-    def find(atom: Any) -> Any:
-        return _Constant(atom.val) if isinstance(atom, Literal) else where[atom]
-
-    for eqn in jaxpr.eqns:
-        inputs = tuple(find(atom) for atom in eqn.invars)
-        if eqn.primitive.name in _CALLS and hasattr(eqn.params.get("jaxpr"), "consts"):
-            inner, outs = _flatten(eqn.params["jaxpr"], inputs, fresh)
-            ops.extend(inner)
-        else:
-            outs = tuple(next(fresh) for _ in eqn.outvars)
-            ops.append(_Op(eqn, inputs, outs))
-        where |= dict(zip(eqn.outvars, outs, strict=True))
-    return tuple(ops), tuple(find(atom) for atom in jaxpr.outvars)
-
-
-def _product(ops: Any, users: Any, value: int) -> _Product | None:
-    """Return the product with a vector that is the only use of a value, None if it is not."""
-    layout = []
-    while len(users.get(value, ())) == 1 and users[value][0] < len(ops):
-        at = users[value][0]
-        op = ops[at]
-        if op.eqn.primitive.name == "dot_general":
-            side = op.reads.index(value)
-            other = op.eqn.invars[1 - side].aval.shape
-            contracted, batched = op.eqn.params["dimension_numbers"]
-            bound = {*contracted[1 - side], *batched[1 - side]}
-            free = math.prod(size for axis, size in enumerate(other) if axis not in bound)
-            return _Product(at, side, tuple(layout)) if free == 1 else None
-        if op.eqn.primitive.name not in _LAYOUT or len(op.reads) != 1:
-            return None
-        layout.append(op)
-        value = op.writes[0]
-    return None
-
-
-def _run(plan: _Plan, inputs: list[Any], added: dict[int, Any]) -> tuple[list[Any], dict[int, Any]]:
-    """Return the results, with `added` to the products, and the other operand of each."""
-    values: dict[Any, Any] = dict(enumerate(inputs))
-    leaf_of = {product.at: leaf for leaf, product in plan.products.items()}
-    operands = {}
-
-    def read(atom: Any) -> Any:
-        return atom.value if isinstance(atom, _Constant) else values[atom]
-
-    for at, op in enumerate(plan.ops):
-        given = [read(atom) for atom in op.reads]
-        outs = _bind(op.eqn, given)
-        if at in leaf_of:
-            leaf = leaf_of[at]
-            operands[leaf] = given[1 - plan.products[leaf].side]
-            outs = [outs[0] + added[leaf]]
-        values |= dict(zip(op.writes, outs, strict=True))
-    return [read(atom) for atom in plan.outs], operands
-
-
-def _bind(eqn: Any, given: list[Any]) -> list[Any]:
-    outs = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
-    return outs if eqn.primitive.multiple_results else [outs]
+    return products.make_plan(one, live, held, example)
 
 
 def _sums(
-    plan: _Plan, live: Any, held: Any, batch: Any, real: jax.Array, power: int
+    plan: products.Plan, live: Any, held: Any, batch: Any, real: jax.Array, power: int
 ) -> list[jax.Array]:
     """Return the sum over real rows of the powers, for each live leaf."""
     leaves = jax.tree.leaves(live)
@@ -247,7 +133,7 @@ def _sums(
     def of_row(example: Any) -> Any:
         def run(formed: Any, added: Any) -> Any:
             every = [formed.get(i, leaf) for i, leaf in enumerate(leaves)]
-            (values, weights), operands = _run(
+            (values, weights), operands = products.run(
                 plan, [*every, *jax.tree.leaves((held, example))], added
             )
             return values, (weights, operands)
@@ -264,7 +150,7 @@ def _sums(
     return [
         jnp.sum(only_real(powers[i]), 0)
         if i in formed
-        else _outer(plan, i, leaf, _power(operands[i], power), only_real(slopes[i]))
+        else products.outer(plan, i, leaf, _power(operands[i], power), only_real(slopes[i]))
         for i, leaf in enumerate(leaves)
     ]
 
@@ -286,37 +172,12 @@ def _weighted(pull: Any, values: jax.Array, weights: jax.Array, power: int) -> A
     return jax.lax.scan(add, zeros, rows)[0]
 
 
-def _outer(plan: _Plan, number: int, leaf: Any, operand: Any, slope: Any) -> jax.Array:
-    """Return the sum over rows of the outer products, laid out as the leaf.
-
-    It is what the product's own transpose gives for these operands.
-    """
-    product = plan.products[number]
-    params = plan.ops[product.at].eqn.params
-
-    def dots(weight: Any) -> Any:
-        for op in product.layout:
-            if op.eqn.primitive.name != "convert_element_type":
-                weight = _bind(op.eqn, [weight])[0]
-
-        def dot(row: Any) -> Any:
-            pair = (weight, row) if product.side == 0 else (row, weight)
-            return jax.lax.dot_general(
-                *pair, params["dimension_numbers"], precision=params["precision"]
-            )
-
-        return jax.vmap(dot)(operand)
-
-    shape = jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.float32)
-    return jax.linear_transpose(dots, shape)(slope)[0]
-
-
 def _power(x: jax.Array, power: int) -> jax.Array:
     wide = jnp.abs(x.astype(jnp.float32))
     return wide if power == 1 else wide**power
 
 
-def _width(plan: _Plan, live: Any) -> int:
+def _width(plan: products.Plan, live: Any) -> int:
     """Return how many examples have the gradients that must be formed in the memory for them."""
     leaves = enumerate(jax.tree.leaves(live))
     formed = sum(4 * leaf.size for i, leaf in leaves if i not in plan.products)

@@ -71,7 +71,7 @@ def decay_to_start(
     def init(params: Any) -> Start:
         return Start(jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params))
 
-    def update(updates: Any, state: Start, params: Any = None) -> tuple[Any, Start]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
                 "decay_to_start pulls parameters to their start, and params=None is given; "
