@@ -1,5 +1,6 @@
 """Penalties that need the step: what they are made from, and how a run takes them."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -171,3 +172,20 @@ def test_two_that_watch_or_project_or_bear_one_name_are_refused(job, model):
         make_engine(job, Settings(adamw(), 8), parts=[memory, memory._replace(name="other")])
     with pytest.raises(ValueError, match=r"\['memory'\] come twice"):
         make_engine(job, Settings(adamw(), 8), parts=[memory._replace(project=False)] * 2)
+
+
+def test_under_pmap_the_shares_are_those_of_one_program(job, model):
+    part = terms.l2_sp(start_of(model)._replace(live=frozenset({*model.groups, "new"})))
+    found = {
+        kind: next(e.metrics for e in each_event(job, part, kind) if e.kind == "shares")
+        for kind in ("data", "pmap")
+    }
+    assert found["pmap"]["grad_norm/classification"] > 0
+    assert dict(found["pmap"]) == pytest.approx(dict(found["data"]), rel=1e-4)
+
+
+def each_event(job, part, kind):
+    settings = Settings(adamw(), 8, parallel=kind, shares_every=100)
+    engine = make_engine(job, settings, parts=[part])
+    with contextlib.closing(engine.events):
+        yield from engine.events
