@@ -23,6 +23,7 @@ from jtl.report import jsonfile, record
 from jtl.report import pareto as report
 from jtl.train.plan import Phase
 
+Point = tuple[float | int, float | int]
 Runs = dict[float, tuple[str, dict[str, Any]]]  # {strength: (folder, result)}
 
 
@@ -34,7 +35,7 @@ def pareto(
     penalties: Sequence[Callable[..., Any]],
     retain: Sequence[Callable[..., Watched]],
     strengths: Sequence[float | int] = (0, 1, 10, 100),
-    tolerance: float = 0.01,
+    tolerance: float | int = 0.01,
     source: str | None = None,
     task: Callable[..., tasks.Task] = tasks.classification,
     plan: Callable[..., Sequence[Phase]] = DEFAULT_PLAN,
@@ -150,14 +151,14 @@ def pareto(
     return result
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+def front(points: Sequence[Point]) -> list[bool]:
     """Return which points no other beats: one at least as good in both, and better in one.
 
     >>> front([(0.9, 0.1), (0.8, 0.5), (0.7, 0.4)])  # higher is better; the last loses on both
     [True, True, False]
     """
 
-    def beaten(point: tuple[float, float]) -> bool:
+    def beaten(point: Point) -> bool:
         return any(
             other != point and other[0] >= point[0] and other[1] >= point[1] for other in points
         )
@@ -165,7 +166,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not beaten(point) for point in points]
 
 
-def take(points: Sequence[tuple[float, float]], tolerance: float) -> int:
+def take(points: Sequence[Point], tolerance: float | int) -> int:
     """Return the point with the best second figure within a tolerance of the best first.
 
     Of equals the one with the better first figure is taken, then the earlier one.
@@ -184,7 +185,7 @@ def _at(penalties: Sequence[Callable[..., Any]], strength: float) -> tuple[Calla
     return (functools.partial(first, weight=strength), *rest) if strength else tuple(rest)
 
 
-def _compared(runs: Runs, source: str, tolerance: float) -> dict[str, Any]:
+def _compared(runs: Runs, source: str, tolerance: float | int) -> dict[str, Any]:
     """Return what the runs say together; the choice reads the validation figures alone."""
     rows = {strength: result["retain"][source] for strength, (_, result) in runs.items()}
     some = next(iter(rows.values()))
@@ -234,7 +235,10 @@ def _source(source: str | None, runs: Runs) -> str:
 
 
 def _check(
-    penalties: Sequence[Any], retain: Sequence[Any], strengths: Sequence[float], tolerance: float
+    penalties: Sequence[Any],
+    retain: Sequence[Any],
+    strengths: Sequence[float],
+    tolerance: float | int,
 ) -> None:
     if not penalties or not retain:
         raise ValueError(
