@@ -140,7 +140,7 @@ def validated(line: Line, alpha: float) -> dict[str, Any]:
     }
 
 
-def tested(line: Line, chosen: float) -> dict[str, Any]:
+def scored_once(line: Line, chosen: float) -> dict[str, Any]:
     """Return "target" and "retain" of alpha 0, the chosen and 1, on validation and test data."""
     alphas = dict(zip(ENDS, (0.0, chosen, 1.0), strict=True))
     made = {}

@@ -14,7 +14,7 @@ from jtl.models.backbone import Backbone
 from jtl.models.export import export
 from jtl.models.model import Model
 from jtl.recipes import identity, tasks
-from jtl.recipes.between import TARGET, Line, at, make_ends, make_line, tested, validated
+from jtl.recipes.between import TARGET, Line, at, make_ends, make_line, scored_once, validated
 from jtl.recipes.datasets import check_sources, make_datasets
 from jtl.recipes.predict import Predictor, load
 from jtl.recipes.retain import Before, Watched
@@ -128,7 +128,7 @@ def interpolate(
         "tolerance": tolerance,
         "chosen": chosen,
         "curve": curve,
-        **tested(line, chosen),
+        **scored_once(line, chosen),
         "heads": ends.heads,
         "source": ends.tuned.backbone.source,
         "data": {"name": datasets["train"].name, **{p: d.size for p, d in datasets.items()}},

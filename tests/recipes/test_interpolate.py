@@ -38,7 +38,7 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def tuned(start):
+def tuned(start, data):
     """The same, moved in everything but the stem, with one head more."""
     model = add_head(start.model, "head", Linear(3), key=jax.random.key(2))
     leaves, structure = jax.tree.flatten(model.params)
@@ -48,9 +48,20 @@ def tuned(start):
     kept = masks.mask(model.labels, "stem")
     params = jax.tree.map(lambda keep, x, y: x if keep else y, kept, model.params, moved)
     stats = jax.tree.map(lambda x: x + 0.1, model.stats)
-    return Predictor(
-        dataclasses.replace(model, params=params, stats=stats), {"old": OLD, "head": NEW}
-    )
+    model = fitted(dataclasses.replace(model, params=params, stats=stats), data)
+    return Predictor(model, {"old": OLD, "head": NEW})
+
+
+def fitted(model, data):
+    """Return the model with the head that least squares give on its features."""
+    train = make_datasets(model, data)["train"]
+    pooled = make_predict(model.apply, heads=("pooled",))
+    features = pooled(model.params, model.stats, once(train))["pooled"]
+    inputs = np.concatenate([features, np.ones((len(features), 1))], axis=1)
+    kernel = np.linalg.lstsq(inputs, np.eye(3)[train.labels], rcond=1e-4)[0].astype(np.float32)
+    head = {"classifier": {"kernel": jnp.asarray(kernel[:-1]), "bias": jnp.asarray(kernel[-1])}}
+    heads = {**model.params["heads"], "head": head}
+    return dataclasses.replace(model, params={**model.params, "heads": heads})
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +106,24 @@ def test_the_ends_are_start_and_tuned_themselves(ran, start, tuned, data, watche
         assert tests[end]["test"] == pytest.approx(figure(model, old, "test", head="old"))
 
 
-def test_what_is_exported_is_the_chosen_point_with_its_own_statistics(ran, start, tuned):
-    folder, _, result = ran
-    alpha = result["chosen"]
-    made = jtl.load(folder).model
+def test_what_is_exported_is_the_chosen_point_with_its_own_statistics(
+    ran, start, tuned, data, tmp_path, monkeypatch
+):
+    _, options, _ = ran
+    monkeypatch.setattr("jtl.recipes.interpolate.choose", lambda *_, **__: 0.25)
+    result = interpolate(start, tuned, data, folder=tmp_path / "run", **options)
+    made = jtl.load(tmp_path / "run")
     first = {**start.model.params["heads"], "head": tuned.model.params["heads"]["head"]}
     begun = {"backbone": start.model.params["backbone"], "heads": first}
-    wanted = trees.lerp(begun, tuned.model.params, alpha)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), made.params, wanted)
-    assert jtl.load(folder).classes == {"old": OLD, "head": NEW}
+    wanted = trees.lerp(begun, tuned.model.params, 0.25)
+    near = functools.partial(np.testing.assert_allclose, atol=1e-6)
+    jax.tree.map(near, made.model.params, wanted)
+    assert made.classes == {"old": OLD, "head": NEW}
+    validation = result["curve"][1]["target"]["accuracy"]
+    assert figure(made.model, data) == pytest.approx(validation)
+    assert result["target"]["after"]["validation"] == pytest.approx(validation)
+    assert result["target"]["after"]["test"] == pytest.approx(figure(made.model, data, "test"))
+    assert figure(dataclasses.replace(made.model, stats=start.model.stats), data) != validation
 
 
 def test_between_the_ends_statistics_are_of_these_weights(start, tuned, data):
@@ -242,10 +262,11 @@ def test_bad_inputs_are_refused(start, tuned, data, tmp_path):
 def test_a_config_names_a_run_or_trains_one():
     shape = dict(kind="scratch", family="resnet", config=tiny.RESNET)
     digits = dict(kind="digits", classes=(0, 1, 2), train=40, validation=16, test=16)
-    fields = dict(recipe="interpolate", folder="none", backbone=shape, data=digits)
-    with pytest.raises(ValueError, match="'absent' holds no finished model"):
-        config.run({**fields, "tuned": dict(kind="run", folder="absent")})
-    with pytest.raises(ValueError, match="tuned of kind 'fine_tune' has no field 'plans'"):
-        config.run({**fields, "tuned": dict(kind="fine_tune", plans={})})
-    with pytest.raises(ValueError, match="plan of kind 'full' has no field 'rates'"):
-        config.run({**fields, "tuned": dict(kind="fine_tune", plan=dict(kind="full", rates=1))})
+    rest = dict(recipe="interpolate", folder="none", backbone=shape, data=digits)
+    for section, message in (
+        (dict(kind="run", folder="absent"), "absent holds no finished model"),
+        (dict(kind="fine_tune", plans={}), "tuned of kind 'fine_tune' has no field 'plans'"),
+        (dict(kind="fine_tune", plan=dict(kind="full", rates=1)), "'full' has no field 'rates'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.run({"tuned": section, **rest})
