@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 FILES = {
     "fine_tune": {"config.json", "metrics.jsonl", "result.json", "report.html", "checkpoints"},
-    "continual": {"config.json", "result.json", "plain", "penalised"},
+    "continual": {"config.json", "result.json", "report.html", "plain"},
     "find_rate": {"config.json", "result.json", "report.html"},
     "interpolate": {"config.json", "metrics.jsonl", "result.json", "report.html", "tuned"},
     "pareto": {"config.json", "result.json", "report.html", "strength_0", "strength_1"},
@@ -58,7 +58,7 @@ def test_a_config_runs_on_small_data(name, tmp_path):
         assert [point["strength"] for point in written["points"]] == [0.0, 1.0]
         assert written["taken"] in (0.0, 1.0)
     else:
-        assert set(written["runs"]) == {"plain", "penalised"}
+        assert set(written["runs"]) >= {"plain"} and len(written["runs"]) > 1
 
 
 @pytest.mark.slow
@@ -82,6 +82,9 @@ def test_sections_name_known_kinds_and_fields(name):
         for many in config.MANY:
             for section in chosen.get(many, ()):
                 config.bind(many, section)
+        for sections in chosen.get("ways", {}).values():
+            for section in sections:
+                config.bind("penalties", section)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

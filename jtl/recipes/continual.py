@@ -161,7 +161,8 @@ def _ways(penalties: Penalties, ways: Mapping[str, Penalties] | None) -> dict[st
         raise ValueError(
             f"ways are {sorted(ways)}; give at least one, named without '/' and not 'joint'"
         )
-    return {way: tuple(given) for way, given in ways.items()}
+    plain_first = sorted(ways.items(), key=lambda way: bool(way[1]))  # a config sorts names
+    return {way: tuple(given) for way, given in plain_first}
 
 
 def _start(backbone: Backbone, learned: Sequence[Lesson], number: int, seed: int) -> Model:
