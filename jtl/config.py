@@ -77,7 +77,7 @@ TABLES: dict[str, dict[str, str]] = {
         "si": "jtl.recipes.terms:si",
     },
     "retain": {
-        "masked_lm": "jtl.recipes.retain:masked_lm",
+        "masked_lm": "jtl.recipes.language:masked_lm",
         "probe": "jtl.recipes.retain:probe",
         "task": "jtl.recipes.retain:task",
     },

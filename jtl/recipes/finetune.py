@@ -77,7 +77,7 @@ def fine_tune(
         optimizer: transform at unit rate for every label; None is `recipes.optimizers.adamw()`.
         penalties: `Start -> Part`; those of `recipes.terms` with their options bound.
         retain: `Before -> Watched`, sources whose figures are watched; those of `recipes.retain`
-            with their options bound.
+            and `recipes.language` with their options bound.
         head: name of the task's head.
         batch_size: examples a step.
         buckets: number of padded lengths that texts are sorted into.

@@ -101,7 +101,7 @@ def plot(result: Mapping[str, Any], rows: Sequence[curves.Row]) -> str:
         axes = dict(zip(panels, axes if len(panels) > 1 else [axes], strict=True))
         for number, (panel, own) in enumerate(axes.items()):
             drawing.borders(own, curves.stretches(rows), named=number == 0)
-            own.set_ylabel(panel)
+            own.set(ylabel=panel, ylim=_limits(lines, panel))
         for number, (name, (metric, line)) in enumerate(lines.items()):
             color = MAIN if name == TARGET else _SHADES[(number - 1) % len(_SHADES)]
             scale = 100 if metric in readable.PERCENT else 1
@@ -123,6 +123,23 @@ def _line(name: str, row: Mapping[str, Any], rows: Sequence[curves.Row]) -> curv
         return found
     end = max(entry["step"] for entry in rows)
     return curves.Series((*found.steps, end), (*found.values, last))
+
+
+def _limits(
+    lines: Mapping[str, tuple[str, curves.Series]], panel: str
+) -> tuple[float | int, float | int] | None:
+    """Return limits that leave out the target's untrained start, beside which all looks flat."""
+    values = [
+        (100 if metric in readable.PERCENT else 1) * value
+        for name, (metric, line) in lines.items()
+        if _panel(metric) == panel
+        for value in line.values[name == TARGET :]
+        if value is not None
+    ]
+    if not values:
+        return None
+    margin = 0.08 * max(max(values) - min(values), 0.02 * abs(max(values)), 1e-6)
+    return min(values) - margin, max(values) + margin
 
 
 def _panel(metric: str) -> str:

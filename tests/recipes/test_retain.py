@@ -16,7 +16,7 @@ from jtl.models import export
 from jtl.models.heads import Linear, MaskedLM
 from jtl.models.load import load_backbone
 from jtl.models.model import attach
-from jtl.recipes import masking, retain, tasks, terms, watching
+from jtl.recipes import language, masking, retain, tasks, terms, watching
 from jtl.recipes.datasets import make_datasets, once
 from jtl.recipes.job import Job, Settings
 from jtl.recipes.optimizers import adamw
@@ -98,7 +98,7 @@ def test_a_loss_over_positions_by_hand():
         return -jnp.take_along_axis(log, batch["label"][:, :, None], 2)[:, :, 0], batch["real"]
 
     apply = lambda *_, **__: ({"logits": logits}, {})  # noqa: E731
-    source = retain.per_position(
+    source = language.per_position(
         "lm", "tokens", frozenset({"stem"}), datasets={}, apply=apply, loss_per_position=loss
     )
     values, _ = source.apply({}, {}, batch)
@@ -140,7 +140,7 @@ def test_the_masked_loss_is_that_of_the_whole_model(checkpoint, texts):
     """The head on the masked positions alone gives what a model with the head gives there."""
     backbone = load_backbone(checkpoint)
     model = attach(backbone, {"head": Linear(2)}, key=jax.random.key(0))
-    source = retain.masked_lm(Before(model), data=texts, max_length=16)
+    source = language.masked_lm(Before(model), data=texts, max_length=16)
     whole = export.import_model(checkpoint)
     total = count = 0.0
     for batch in once(source.datasets["test"]):
@@ -239,7 +239,7 @@ def test_sources_take_their_part_of_the_memory(images):
     ("kind", "options", "message"),
     [
         (retain.task, {}, r"head=None is given; the start model brought \[\]; start from a run"),
-        (retain.masked_lm, {}, "needs the masked-LM head of the start, and 'scratch'"),
+        (language.masked_lm, {}, "needs the masked-LM head of the start, and 'scratch'"),
     ],
 )
 def test_what_cannot_be_watched_is_refused(kind, options, message, checkpoint, texts):
@@ -281,7 +281,7 @@ def ended(tmp_path_factory, start, texts):
         penalties=(functools.partial(terms.l2_sp, weight=1e-6),),
         retain=(
             functools.partial(retain.task, data=texts, name="first"),
-            functools.partial(retain.masked_lm, data=texts),
+            functools.partial(language.masked_lm, data=texts),
         ),
         head="new",
         batch_size=16,
