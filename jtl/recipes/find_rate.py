@@ -1,6 +1,7 @@
 """Find the learning rates of a phase: one sweep under its own freeze, before anything is trained.
 
-The fields are those of `fine_tune`, so its configs will do (without `ema` and `save_every`):
+The fields are those of `fine_tune`, so its configs will do (without `ema`, `save_every`, `retain`
+and `shares_every`):
 
     python -m jtl --config=configs/quickstart.py --config.recipe=find_rate \
         --config.folder=runs/quickstart_rate

@@ -197,7 +197,8 @@ def _moves(source: Watched, lives: Lives) -> bool:
 
 
 def _check_names(names: Sequence[str]) -> None:
-    if len(set(names)) < len(names) or any(not name or "/" in name for name in names):
+    if len({*names, "target"}) <= len(names) or any(not name or "/" in name for name in names):
         raise ValueError(
-            f"retain names its sources {list(names)}; give each a name of its own, without '/'"
+            f"retain names its sources {list(names)}; give each a name of its own, without '/', "
+            "and not 'target'"
         )
