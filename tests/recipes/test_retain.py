@@ -295,6 +295,7 @@ def _result(folder):
     return json.loads((folder / record.RESULT).read_text())
 
 
+@pytest.mark.slow
 def test_evaluations_carry_the_figures_of_the_sources(ended):
     rows = [row for row in record.read_rows(ended) if row["kind"] == "evaluation"]
     result = _result(ended)["retain"]
@@ -308,6 +309,7 @@ def test_evaluations_carry_the_figures_of_the_sources(ended):
     assert last != result["masked_lm"]["figures"]["before"]["validation"]["loss"]
 
 
+@pytest.mark.slow
 def test_the_figures_after_are_those_of_the_saved_model(ended, start, texts):
     truth = np.asarray(texts["test"].columns["label"])
     for model, when in ((start, "before"), (jtl.load(ended), "after")):
@@ -317,12 +319,14 @@ def test_the_figures_after_are_those_of_the_saved_model(ended, start, texts):
         assert found == pytest.approx(accuracy, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_penalty_that_holds_nothing_is_named(ended):
     result = _result(ended)
     assert "'l2_sp' never had more than 0.00 % of the gradient norm" in result["warnings"][0]
     assert result["penalties"]["l2_sp"]["share"]["greatest"] < 0.01
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_forgotten(ended):
     page = (ended / record.REPORT).read_text()
     for words in ("What was forgotten", "first (source)", "Warning: penalty", "masked tokens"):
