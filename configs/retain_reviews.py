@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
             data=dict(short, train=2000, validation=1000, test=2000),
             plan=dict(kind="full", rate=1e-4, epochs=2, warmup=0.1),
             optimizer=dict(kind="adamw", weight_decay=0.0),
-            penalties=(dict(kind="l2_sp", weight=0.01),),
+            penalties=(dict(kind="l2_sp", weight=1.0),),
             retain=watched(middle, 48),
             shares_every=10,
             max_length=48,
