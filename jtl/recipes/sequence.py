@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,7 +102,7 @@ def learn(
     """
     tasks = len(course.lessons)
     scores = {part: np.full((tasks, tasks), np.nan) for part in PARTS}
-    seconds = dict.fromkeys(("penalties", "training", "scores"), 0.0)
+    seconds: dict[str, float] = {"penalties": 0.0, "training": 0.0, "scores": 0.0}
     border = _Border(model, parts=(None,) * len(penalties))
     for number in range(tasks):
         with _timed(seconds, "penalties"):
@@ -114,7 +114,7 @@ def learn(
         with _timed(seconds, "training"):
             state = _trained(course, number, border, parts, folder, seed)
         moved = dataclasses.replace(border.model, params=state.params, stats=state.stats)
-        began, watched = border.model.params, getattr(state, "watch", None) or None
+        began, watched = border.model.params, state.watch or None
         border = _Border(moved, began, watched, _kept_state(course, state), parts)
         with _timed(seconds, "scores"):
             for part, table in scores.items():
@@ -245,7 +245,7 @@ def _kind(state: Any) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _timed(seconds: dict[str, float], what: str) -> Any:
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[what] += time.perf_counter() - began
