@@ -51,6 +51,7 @@ def continual(
     carry_optimizer: bool = False,
     checkpoints: bool = True,
     save_every: int | None = None,
+    shares_every: int | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     overwrite: bool = False,
@@ -80,6 +81,8 @@ def continual(
             groups of the same label; else each starts with a fresh state.
         checkpoints: whether states are saved, so that an interrupted run goes on.
         save_every: steps between saves, beside those after each evaluation.
+        shares_every: steps between probes of each term's share of the gradient, in the tasks'
+            `metrics.jsonl`; None for none: each task compiles a program for it.
         seed: of order, dropout and fresh weights.
         seeds: several of them; None is the one of `seed`.
         overwrite: train anew where a finished run lies.
@@ -125,7 +128,11 @@ def continual(
         learned,
         [make_datasets(models[0], lesson.sources) for lesson in learned],
         plan,
-        Settings(optimizer or adamw(), batch_size, clip, save_every=save_every),
+        Settings(
+            *(optimizer or adamw(), batch_size, clip),
+            save_every=save_every,
+            shares_every=shares_every,
+        ),
         make_predict(models[0].apply, heads=tuple(models[0].heads)),
         *(place.config, overwrite, checkpoints, carry_optimizer),
     )
