@@ -9,6 +9,12 @@ from nbclient import NotebookClient
 FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 SHOWS = {
+    "forgetting": (
+        "per example, batches of 32 and 128 agree: True",
+        "EWC keeps more of the first task than nothing does",
+        "image/png",
+        "backward_transfer",
+    ),
     "masks": (
         "('heads/.*', 'head') matches no leaf",
         "State ('blocks/0/bias'",
