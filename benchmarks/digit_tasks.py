@@ -6,6 +6,7 @@ use: `python -m benchmarks.forgetting --search`.
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jtl import config
@@ -25,6 +26,7 @@ class Setting(NamedTuple):
         search: {way: strengths that the search compares}.
         hidden: widths of the MLP.
         number: of tasks.
+        optimizer: section of the config.
         batch_size: examples a step.
         clip: largest norm of the gradient, None for none.
     """
@@ -35,6 +37,7 @@ class Setting(NamedTuple):
     search: Mapping[str, Sequence[float]]
     hidden: tuple[int, ...] = (400, 400)
     number: int = 5
+    optimizer: Mapping[str, Any] = MappingProxyType(dict(kind="adam"))
     batch_size: int = 256
     clip: float | None = None
 
@@ -48,15 +51,16 @@ SETTINGS = {
         "domain",
         {
             "plain": (),
-            "ewc": _fisher("ewc", 100.0),
-            "online_ewc": _fisher("ewc", 100.0, form="online"),
-            "si": (dict(kind="si", weight=0.3),),
+            "ewc": _fisher("ewc", 15.0),
+            "online_ewc": _fisher("ewc", 15.0, form="online"),
+            "si": (dict(kind="si", weight=3.0),),
             "mas": _fisher("mas", 0.1),
             "replay": (dict(kind="replay", rows=0.5, size=BUFFER),),
         },
-        dict(kind="full", rate=3e-4, head_rate=3e-4, epochs=3),
-        {"ewc": (30.0, 100.0, 300.0), "si": (0.1, 0.3, 1.0), "mas": (0.03, 0.1, 0.3)},
+        dict(kind="full", rate=0.1, head_rate=0.1, epochs=3),
+        {"ewc": (5.0, 15.0, 40.0), "si": (1.0, 3.0, 9.0), "mas": (0.03, 0.1, 0.3)},
         number=10,
+        optimizer=dict(kind="sgd", momentum=0.9),
     ),
     "split_task": Setting(
         "task",
@@ -122,7 +126,7 @@ def learn(
                 tasks=tasks(name, path, setting.number, sizes),
                 task=dict(kind="classification", dropout=0.0),
                 plan=dict(setting.plan),
-                optimizer=dict(kind="adam"),
+                optimizer=dict(setting.optimizer),
                 ways=dict(setting.ways),
                 joint=joint,
                 batch_size=setting.batch_size,

@@ -21,7 +21,7 @@ for each figure, then a table:
 
 Every step clips and gives the gradient norm, and keeps the old weights where it is not finite.
 Dropout is what the checkpoints are published with (BERT 0.1, ViT none) and off in what is held, the
-same on both sides; `--dropout` changes it. The peer is PyTorch with transformers, eager and under
+same on both sides; `--dropout` changes it. Freed memory is kept for both, as `fine_tune` does. The peer is PyTorch with transformers, eager and under
 `torch.compile` (extra `parity`), on as many threads. Times are the least of repeats in which all
 calls of both sides are taken in turn. `value` is ours, `peer_value` the faster peer's over its own
 forward pass, `ratio` the second over the first, `faster` the quotient of seconds.
@@ -33,6 +33,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks import held_prefix, jtl_steps, measure, shapes, table, torch_steps
+from jtl.train.memory import keep_freed_memory
 
 MODELS = ("bert", "vit", "minilm")
 AIMS = {"head": 1.05, "head_all_on": 1.05, "last_block": 1.25, "full": 3.4}
@@ -112,6 +113,7 @@ def cell(
     """Yield the rows of one model, in this process."""
     import jax
 
+    keep_freed_memory()
     shape, backend = shapes.SHAPES[name], jax.default_backend()
     dtype = dtype or ("bfloat16" if backend == "gpu" else "float32")
     rows = batch or shape.rows["gpu" if backend == "gpu" else "cpu"]

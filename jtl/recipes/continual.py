@@ -30,6 +30,7 @@ from jtl.report import jsonfile, record
 from jtl.train import phases
 from jtl.train.compile import enable_cache
 from jtl.train.evaluate import make_predict
+from jtl.train.memory import keep_freed_memory
 
 Penalties = Sequence[Callable[..., Part | None]]
 
@@ -123,6 +124,7 @@ def continual(
         page.matrices(place.result)
         return place.result
     enable_cache()
+    keep_freed_memory()
     models = [_start(backbone, learned, number, one) for number, one in enumerate(seeds)]
     course = sequence.Course(
         learned,

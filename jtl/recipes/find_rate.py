@@ -31,6 +31,7 @@ from jtl.report import console, jsonfile, rates, record
 from jtl.train import parallel as parallels
 from jtl.train import schedules, sweep
 from jtl.train.compile import enable_cache
+from jtl.train.memory import keep_freed_memory
 from jtl.train.optimizer import phase_optimizer
 from jtl.train.plan import Phase, check_plan
 from jtl.train.state import create
@@ -141,6 +142,7 @@ def find_rate(
         rates.show(place.folder, place.result)
         return place.result
     enable_cache()
+    keep_freed_memory()
     job_task = task(data["train"])
     model = attached(start, head, job_task, seed).computing(dtype, remat=remat or None)
     console.loaded(model.backbone.source, model.backbone.report)

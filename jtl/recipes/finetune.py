@@ -28,6 +28,7 @@ from jtl.report import console, html, penalised, record
 from jtl.train import checkpoint, phases
 from jtl.train.compile import enable_cache
 from jtl.train.evaluate import make_predict
+from jtl.train.memory import keep_freed_memory
 from jtl.weights.report import LoadReport, counts
 
 DEFAULT_PLAN = functools.partial(
@@ -121,6 +122,7 @@ def fine_tune(
         console.finished(run.folder, run.result)
         return run.result
     enable_cache()
+    keep_freed_memory()
     job_task = task(data["train"])
     model = attached(start, head, job_task, seed).computing(dtype, remat=remat or None)
     console.loaded(model.backbone.source, model.backbone.report)

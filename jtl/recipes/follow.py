@@ -62,7 +62,8 @@ def follow(
         stack.callback(write, 0)  # whatever ends the run
         for event in engine.events:
             waiting.append(event)
-            write(1 if event.kind == "step" else 0)  # a step is read once the next one is started
+            # What a program gave is read once the next step is started.
+            write(1 if event.kind in ("step", "shares") else 0)
     assert event is not None
     rows = [{"held_bit_equal": True, "skipped": False, **row} for row in event.progress.history]
     return Ended(event.state.params, event.state.stats, rows, sum(row["seconds"] for row in rows))

@@ -21,6 +21,7 @@ from jtl.recipes.retain import Before, Watched
 from jtl.recipes.start import opened, origin
 from jtl.report import interpolation, jsonfile, record
 from jtl.train.compile import enable_cache
+from jtl.train.memory import keep_freed_memory
 
 ALPHAS = tuple(i / 10 for i in range(11))
 RULES = ("smallest", "best")
@@ -109,6 +110,7 @@ def interpolate(
         interpolation.show(run.folder, run.result)
         return run.result
     enable_cache()
+    keep_freed_memory()
     if not isinstance(tuned, Model | Predictor):
         place = run.folder / TUNED
         tuned(backbone, data, folder=place, task=task, overwrite=overwrite, **options)

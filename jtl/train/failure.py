@@ -109,7 +109,8 @@ def _columns(batch: Batch) -> dict[str, str]:
 
 
 def _rows(batch: Batch, rows: np.ndarray) -> str:
-    if "index" not in batch:
+    if "index" not in batch or (np.asarray(batch["index"])[rows] < 0).any():
+        # Rows of another stream have no number in the data.
         return f"rows {rows[:6].tolist()} of the batch"
     return f"examples {np.asarray(batch['index'])[rows[:6]].tolist()} of the data"
 
