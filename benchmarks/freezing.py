@@ -21,10 +21,11 @@ for each figure, then a table:
 
 Every step clips and gives the gradient norm, and keeps the old weights where it is not finite.
 Dropout is what the checkpoints are published with (BERT 0.1, ViT none) and off in what is held, the
-same on both sides; `--dropout` changes it. Freed memory is kept for both, as `fine_tune` does. The peer is PyTorch with transformers, eager and under
-`torch.compile` (extra `parity`), on as many threads. Times are the least of repeats in which all
-calls of both sides are taken in turn. `value` is ours, `peer_value` the faster peer's over its own
-forward pass, `ratio` the second over the first, `faster` the quotient of seconds.
+same on both sides; `--dropout` changes it. The process keeps freed memory, as `fine_tune` has it;
+that holds for both sides. The peer is PyTorch with transformers, eager and under `torch.compile`
+(extra `parity`), on as many threads. Times are the least of repeats in which all calls of both
+sides are taken in turn. `value` is ours, `peer_value` the faster peer's over its own forward pass,
+`ratio` the second over the first, `faster` the quotient of seconds.
 """
 
 import argparse
