@@ -111,7 +111,7 @@ def _events(
         *(model.params, model.stats, job.plan),
         txs=txs,
         labels=labels,
-        refs={name: value for part in parts for name, value in part.refs.items()},
+        refs=_refs(parts),
         ema=settings.ema,
         watch=watch,
         key=jax.random.fold_in(jax.random.key(job.seed), 1),
@@ -168,6 +168,18 @@ def _terms(job: Job, parts: Sequence[Part]) -> dict[str, Term]:
         return terms | found
     number = {name: k for k, name in enumerate(mixed, 1)}
     return {n: own_rows(term, number.get(n, 0)) for n, term in (terms | found).items()}
+
+
+def _refs(parts: Sequence[Part]) -> dict[str, Any]:
+    """Return the arrays that the parts read, by names that must be their own."""
+    names = [name for part in parts for name in part.refs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"the penalties {[part.name for part in parts]} read refs {names}, and {twice} come "
+            "twice; give the refs of each penalty names of their own"
+        )
+    return {name: value for part in parts for name, value in part.refs.items()}
 
 
 def _watch(parts: Sequence[Part]) -> Any:

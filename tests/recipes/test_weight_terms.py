@@ -179,6 +179,20 @@ def test_the_importance_of_a_second_task_is_of_its_own_head_alone(start, known, 
     assert float(part.refs["mas/importance"]["heads"]["new"]["classifier"]["bias"][0]) == 2.0
 
 
+@pytest.mark.parametrize("name", ["ewc", "mas"])
+def test_penalties_of_two_heads_in_one_run_read_their_own_importance(start, known, dataset, name):
+    both = start._replace(kept=("old", "new"), datasets={"old": dataset, "new": dataset})
+    parts = []
+    for head, importance in {"old": 2.0, "new": 5.0}.items():
+        known.constant[0] = importance
+        parts.append(PENALTIES[name](both, weight=1.0, head=head))
+    assert [part.name for part in parts] == [f"{name}_old", f"{name}_new"]
+    refs = {key: value for part in parts for key, value in part.refs.items()}
+    params = _moved(start.model.params, 1.0)
+    values = [_value(part._replace(refs=refs), params) for part in parts]
+    assert values[1] == pytest.approx(2.5 * values[0], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "options", "words"),
     [

@@ -106,17 +106,21 @@ def ewc(
         )["params"]
 
     heads = _heads(start, head, data, "ewc")
+    name = _name("ewc", head, data, heads)
     found = _summed(start, heads, data, examples, "ewc", of_head)
-    earlier = None if start.previous is None else start.previous.refs
-    refs = _ewc_refs(earlier, _anchor(start, covered), found, form, decay)
-    mask = _known(covered, refs["ewc/fisher"])
+    both = ewc_formula.Quadratic(_anchor(start, covered), found, jnp.float32(0.0))
+    fields = tuple(f"{name}/{field}" for field in both._fields)
+    if start.previous is not None:
+        earlier = ewc_formula.Quadratic(*(start.previous.refs[field] for field in fields))
+        both = _with_earlier(earlier, both, form, decay)
+    mask = _known(covered, both.fisher)
 
     def term(c: Context) -> Any:
-        anchor, information = c.refs["ewc/anchor"], c.refs["ewc/fisher"]
+        anchor, information, constant = (c.refs[field] for field in fields)
         value = ewc_formula.ewc(c.params, anchor, information, mask=mask)
-        return weight * (value + c.refs["ewc/constant"]), jnp.float32(1.0)
+        return weight * (value + constant), jnp.float32(1.0)
 
-    return Part(_name("ewc", head, data, heads), term, refs)
+    return Part(name, term, dict(zip(fields, both, strict=True)))
 
 
 def mas(
@@ -166,33 +170,31 @@ def mas(
         )["params"]
 
     heads = _heads(start, head, data, "mas")
+    name = _name("mas", head, data, heads)
     found = _summed(start, heads, data, examples, "mas", of_head)
     if start.previous is not None:
-        found = ewc_formula.decayed(start.previous.refs["mas/importance"], found, decay)
+        found = ewc_formula.decayed(start.previous.refs[f"{name}/importance"], found, decay)
     mask = _known(covered, found)
 
     def term(c: Context) -> Any:
-        anchor, importance = c.refs["mas/anchor"], c.refs["mas/importance"]
+        anchor, importance = c.refs[f"{name}/anchor"], c.refs[f"{name}/importance"]
         return weight * mas_formula.mas(c.params, anchor, importance, mask=mask), jnp.float32(1.0)
 
-    refs = {"mas/anchor": _anchor(start, covered), "mas/importance": found}
-    return Part(_name("mas", head, data, heads), term, refs)
+    return Part(
+        name, term, {f"{name}/anchor": _anchor(start, covered), f"{name}/importance": found}
+    )
 
 
 _Output = Callable[[Any, Mapping[str, Any]], jax.Array]
 
 
-def _ewc_refs(
-    earlier: Mapping[str, Any] | None, anchor: PyTree, found: PyTree, form: str, decay: float
-) -> dict[str, Any]:
-    """Return what the term reads: one quadratic for all tasks so far."""
-    both = ewc_formula.Quadratic(anchor, found, jnp.float32(0.0))
-    if earlier is not None and form == "separate":
-        before = (earlier[f"ewc/{field}"] for field in both._fields)
-        both = ewc_formula.merged(ewc_formula.Quadratic(*before), anchor, found)
-    elif earlier is not None:
-        both = both._replace(fisher=ewc_formula.decayed(earlier["ewc/fisher"], found, decay))
-    return {f"ewc/{field}": value for field, value in both._asdict().items()}
+def _with_earlier(
+    earlier: ewc_formula.Quadratic, new: ewc_formula.Quadratic, form: str, decay: float
+) -> ewc_formula.Quadratic:
+    """Return one quadratic for all tasks so far."""
+    if form == "separate":
+        return ewc_formula.merged(earlier, new.anchor, new.fisher)
+    return new._replace(fisher=ewc_formula.decayed(earlier.fisher, new.fisher, decay))
 
 
 def _covered(start: Start) -> PyTree[bool]:
