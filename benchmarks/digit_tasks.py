@@ -58,7 +58,7 @@ SETTINGS = {
             "replay": (dict(kind="replay", rows=0.5, size=BUFFER),),
         },
         dict(kind="full", rate=0.1, head_rate=0.1, epochs=3),
-        {"ewc": (5.0, 15.0, 40.0), "si": (1.0, 3.0, 9.0), "mas": (0.03, 0.1, 0.3)},
+        {"ewc": (5.0, 15.0, 40.0), "si": (1.0, 3.0, 6.0), "mas": (0.03, 0.1, 0.3)},
         number=10,
         optimizer=dict(kind="sgd", momentum=0.9),
     ),

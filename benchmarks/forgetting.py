@@ -21,10 +21,13 @@ Strengths were chosen on validation data (`--search`).
 """
 
 import argparse
+import contextlib
+import io
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import assets, digit_tasks, measure, penalty_cost, table, text_forgetting
+from jtl.train.failure import NonFiniteError
 
 SETTINGS = (*digit_tasks.SETTINGS, "cost", "text")
 SEARCH_SEED = 10
@@ -102,11 +105,19 @@ def _searched(
 ) -> list[dict[str, Any]]:
     """Return the validation figure of each strength of each way; the test splits are not read."""
     rows = []
-    for way in setting.ways.keys() & setting.search.keys():
+    for way in [way for way in setting.search if way in setting.ways]:
         for weight in setting.search[way]:
             one = digit_tasks.with_strength(setting, way, weight)
             options = dict(path=path, seeds=(SEARCH_SEED,), sizes=sizes, joint=False)
-            entry = digit_tasks.learn(name, one, **options)["runs"][way]["validation"]
+            try:
+                with contextlib.redirect_stdout(
+                    io.StringIO()
+                ):  # it shows figures of the test split
+                    entry = digit_tasks.learn(name, one, **options)["runs"][way]["validation"]
+            except NonFiniteError as error:
+                measure.say(f"{way} {weight}: {str(error)[:60]}")
+                rows.append({"search": way, "weight": weight, "seed": SEARCH_SEED, "finite": False})
+                continue
             figures = {field: entry[field] for field in ("average", "forgetting", "learning")}
             measure.say(f"{way} {weight}: {figures}")
             rows.append({"search": way, "weight": weight, "seed": SEARCH_SEED, **figures})

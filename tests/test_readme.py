@@ -21,12 +21,12 @@ def _run(code, **given):
     return vars(module)
 
 
-def test_there_are_three_blocks():
-    assert len(BLOCKS) == 3
+def test_there_are_four_blocks():
+    assert len(BLOCKS) == 4
 
 
 def test_the_plan_by_hand_is_a_plan():
-    given = dict(_run(BLOCKS[2])["plan"])
+    given = dict(_run(BLOCKS[3])["plan"])
     plan = config.build("plan", given, [f"block_{i}" for i in range(6)], ("head",))
     assert [sorted(phase.live) for phase in plan] == [["head"], ["block_4", "block_5", "head"]]
     assert plan[1].rates["block_5"] == pytest.approx(1e-4) and plan[1].until.patience == 1
@@ -61,3 +61,12 @@ def test_only_the_masks():
     np.testing.assert_array_equal(grads["head"]["kernel"], 2 * np.ones((4, 2)))
     state = named["tx"].init(named["params"])
     assert {np.shape(leaf) for leaf in jax.tree.leaves(state)} == {(), (2,), (4, 2)}
+
+
+def test_only_a_penalty():
+    named = _run(BLOCKS[2])
+    kernel = named["anchor"]["kernel"]
+    assert float(named["penalty"]({"kernel": kernel})) == 0.0
+    # At equal logits each class has probability 1/3: every entry's information is 1/3 * 2/3.
+    np.testing.assert_allclose(named["information"]["kernel"], 2 / 9 * np.ones((3, 3)), rtol=1e-5)
+    assert float(named["penalty"]({"kernel": kernel + 1.0})) == pytest.approx(1.0, rel=1e-5)

@@ -110,9 +110,9 @@ def make_line(
         )
     predict = {source.name: make_predict(source.apply, heads=source.outputs) for source in watched}
     predict[TARGET] = make_predict(ends.tuned.apply, heads=(head,))
-    statistics = None
-    if jax.tree.leaves(ends.tuned.stats):
-        statistics = _statistics(ends, datasets["train"], batch_size, seed)
+    statistics, moved = None, _moved(ends)
+    if moved and jax.tree.leaves(ends.tuned.stats):
+        statistics = _statistics(ends, moved, datasets["train"], batch_size, seed)
     return Line(ends, head, task, datasets, watched, predict, statistics)
 
 
@@ -161,9 +161,11 @@ def _all(tree: Any, value: bool) -> Any:
     return jax.tree.map(lambda _: value, tree)
 
 
-def _statistics(ends: Ends, train: Any, batch_size: int, seed: int) -> Callable[[Any], Any]:
+def _statistics(
+    ends: Ends, moved: tuple[str, ...], train: Any, batch_size: int, seed: int
+) -> Callable[[Any], Any]:
     size = min(batch_size, train.size)
-    again = make_recompute(ends.tuned.apply, live=_moved(ends))
+    again = make_recompute(ends.tuned.apply, live=moved)
     steps = jdata.steps_per_epoch(train, size)
 
     def statistics(params: Any) -> Any:
@@ -173,13 +175,16 @@ def _statistics(ends: Ends, train: Any, batch_size: int, seed: int) -> Callable[
 
 
 def _moved(ends: Ends) -> tuple[str, ...]:
-    """Return the stages from the lowest that differs up; below it all inputs are the same."""
+    """Return the stages from the lowest that differs up; below it all inputs are the same.
+
+    None of them where only heads differ.
+    """
     tuned = ends.tuned
     names = set(trees.changes(ends.start.params, tuned.params))
     pairs = zip(masks.names(tuned.params), jax.tree.leaves(tuned.labels), strict=True)
     labels = {label for name, label in pairs if name in names}
     places = [i for i, label in enumerate(tuned.groups) if label in labels]
-    return tuned.groups[min(places, default=0) :]
+    return tuned.groups[min(places, default=len(tuned.groups)) :]
 
 
 def _outputs(line: Line, model: Model, part: str) -> dict[str, dict[str, Any]]:

@@ -166,9 +166,11 @@ def _ways(penalties: Penalties, ways: Mapping[str, Penalties] | None) -> dict[st
         )
     if ways is None:
         return {"plain": (), **({"penalised": tuple(penalties)} if penalties else {})}
-    if not ways or any("/" in way or way == "joint" for way in ways):
+    taken = ("joint", record.MODEL, record.CHECKPOINTS)  # folders beside those of the ways
+    if not ways or any("/" in way or way in taken for way in ways):
         raise ValueError(
-            f"ways are {sorted(ways)}; give at least one, named without '/' and not 'joint'"
+            f"ways are {sorted(ways)}; give at least one, named without '/' and not "
+            f"{', '.join(map(repr, taken))}"
         )
     plain_first = sorted(ways.items(), key=lambda way: bool(way[1]))  # a config sorts names
     return {way: tuple(given) for way, given in plain_first}

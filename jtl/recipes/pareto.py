@@ -5,6 +5,7 @@ validation splits and a stated rule; the test figures of all are read after that
 """
 
 import functools
+import inspect
 import pathlib
 import shutil
 import time
@@ -102,8 +103,8 @@ def pareto(
         "taken": strength, "rule": in words, and "seed", "versions", "config", "seconds"}.
 
     Raises:
-        ValueError: no penalty, no source, strengths that are not two or more different ones, and as
-            `fine_tune`.
+        ValueError: no penalty, a first one without `weight`, no source, strengths that are not two
+            or more different ones, and as `fine_tune`.
     """
     began = time.perf_counter()
     strengths = tuple(float(strength) for strength in strengths)
@@ -135,8 +136,9 @@ def pareto(
             "config": {**place.config, "strength": strength},
         }
         runs[strength] = name, fine_tune(backbone, data, **run, overwrite=overwrite)
+        traded = _source(source, runs)  # refused after the first run, not after the last
     found = {
-        **_compared(runs, _source(source, runs), tolerance),
+        **_compared(runs, traded, tolerance),
         "seed": seed,
         "versions": record.versions(),
         "config": place.config,
@@ -244,6 +246,12 @@ def _check(
         raise ValueError(
             f"pareto has {len(penalties)} penalties and {len(retain)} watched sources; give at "
             "least one of each: the strength of the first penalty is what differs"
+        )
+    known = inspect.signature(penalties[0]).parameters
+    if "weight" not in known:
+        raise ValueError(
+            f"the first penalty has no weight to be varied; it takes {sorted(known)}; give one "
+            "that has, and the others after it"
         )
     if len(set(strengths)) < max(len(strengths), 2) or min(strengths) < 0 or tolerance < 0:
         raise ValueError(

@@ -109,11 +109,11 @@ def union(datasets: Sequence[Dataset]) -> Dataset:
     place = {length: number for number, length in enumerate(lengths)}
     bucket = [np.asarray([place[n] for n in d.buckets], np.int32)[d.bucket] for d in datasets]
     ends = np.cumsum([dataset.size for dataset in datasets])
+    task = np.repeat(np.arange(len(datasets), dtype=np.int32), [d.size for d in datasets])
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
-        owner = np.searchsorted(ends, rows, side="right")
-        whole: dict[str, np.ndarray] = {TASK: owner.astype(np.int32)}
-        for number in np.unique(owner):
+        owner, whole = task[rows], {}
+        for number in np.unique(owner).tolist():
             mine = owner == number
             start = ends[number] - datasets[number].size
             for name, values in datasets[number].columns(rows[mine] - start).items():
@@ -122,13 +122,15 @@ def union(datasets: Sequence[Dataset]) -> Dataset:
                 whole[name][mine] = values
         return whole
 
+    buckets = np.concatenate(bucket)
     return Dataset(
-        tuple({} for _ in lengths),
-        np.concatenate(bucket),
+        tuple({TASK: task[buckets == place]} for place in range(len(lengths))),
+        buckets,
         np.concatenate([dataset.labels for dataset in datasets]),
         datasets[0].classes,
         tuple(lengths),
         read,
+        derived=(TASK,),  # it stays where a phase reads no raw columns
         name="all tasks",
         augmented=any(dataset.augmented for dataset in datasets),
     )

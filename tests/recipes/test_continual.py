@@ -14,6 +14,7 @@ from jtl.recipes import scenario, scratch, sources, tasks, terms
 from jtl.recipes.continual import continual
 from jtl.recipes.datasets import make_datasets
 from jtl.recipes.terms import Part
+from jtl.recipes.views import make_view
 from jtl.train import phases
 from jtl.train.state import Context
 
@@ -192,6 +193,8 @@ def test_tasks_that_share_a_head_share_their_classes(tmp_path):
     with pytest.raises(ValueError, match="penalties are given and ways too"):
         ways = {"plain": ()}
         continual(_backbone(), _pairs(), folder=tmp_path / "x", penalties=(terms.si,), ways=ways)
+    with pytest.raises(ValueError, match="ways are .'model'.; .* not 'joint', 'model'"):
+        continual(_backbone(), _pairs(), folder=tmp_path / "x", ways={"model": ()})
     with pytest.raises(ValueError, match="seeds are .0, 0.; give at least one, each once"):
         continual(_backbone(), _pairs(), folder=tmp_path / "x", seeds=(0, 0))
     assert not (tmp_path / "run").exists() and not (tmp_path / "x").exists()
@@ -268,6 +271,10 @@ def test_all_tasks_at_once_take_each_row_for_its_own_head():
         one = datasets[number]["train"].columns(np.array([row]))["pixel_values"][0]
         np.testing.assert_array_equal(columns["pixel_values"][place], one)
         assert whole.labels[[47, 0, 24][place]] == datasets[number]["train"].labels[row]
+    view = make_view(model, whole, [frozenset(model.heads)], batch_size=16)
+    features = view(frozenset(model.heads), model.params, model.stats)
+    assert features.columns(np.array([47, 0, 24]))["task"].tolist() == [1, 0, 1]
+    assert features is not whole  # a phase of the heads alone reads features
     joint, head, parts = scenario.all_at_once(learned, datasets)
     assert head == "from_0" and parts["validation"].size == 16
     out = {"from_0": jnp.zeros((4, 2)), "from_2": jnp.array([[0.0, jnp.log(3.0)]] * 4)}

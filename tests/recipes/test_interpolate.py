@@ -150,6 +150,15 @@ def test_statistics_below_what_moved_stay(start, tuned, data):
     )
 
 
+def test_where_only_heads_moved_all_statistics_stay(start, tuned, data):
+    heads = jax.tree.map(lambda x: x + 0.1, tuned.model.params["heads"])
+    params = {**start.model.params, "heads": heads}
+    only = dataclasses.replace(tuned.model, params=params, stats=start.model.stats)
+    line = make_line(start, Predictor(only, tuned.classes), data)
+    assert between.at(line, 0.5).stats is only.stats
+    assert not between.validated(line, 0.5)["recomputed"]
+
+
 def test_ends_keep_their_own_statistics(start, tuned, data):
     line = make_line(start, tuned, data)
     assert not trees.changes(between.at(line, 0.0).stats, start.model.stats)

@@ -134,15 +134,17 @@ def test_what_ended_is_returned_and_its_page_says_it(trained, tmp_path, capsys):
     [
         ({"penalties": ()}, "0 penalties and 1 watched sources; give at least one of each"),
         ({"retain": ()}, "2 penalties and 0 watched"),
+        ({"penalties": (_other, _pull)}, r"no weight to be varied; it takes \['start'\]"),
         ({"strengths": (1, 1.0)}, r"strengths are \[1.0, 1.0\].*two or more different"),
         ({"strengths": (-1, 1)}, "none below 0"),
         ({"source": "sports"}, r"source='sports'.*retain watches \['news'\]; name one"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(options, message, trained, tmp_path):
-    trained(RUNS)
+    asked = trained(RUNS)
     with pytest.raises(ValueError, match=message):
         _pareto(tmp_path / "run", **options)
+    assert len(asked) == ("source" in options)  # before the first run, or after it
 
 
 def test_a_config_gives_the_strength_to_the_first_penalty(monkeypatch):

@@ -139,6 +139,15 @@ def test_classes_are_balanced_in_what_is_kept(images):
     assert counts.tolist() == [2, 2, 2]
 
 
+def test_what_stays_of_a_task_that_was_kept_whole_is_balanced_too(images):
+    model, parts, made = images
+    order = np.argsort(parts["a"].labels, kind="stable")  # sorted by class, as files often are
+    sorted_rows = model, {**parts, "a": parts["a"].take(order)}, made
+    part = _sequence(sorted_rows, ["a", "b"], size=20)[-1]
+    counts = np.bincount(part.stream.dataset.labels[:10].astype(int), minlength=3)
+    assert sorted(counts.tolist()) == [3, 3, 4]
+
+
 def test_herded_rows_are_those_of_the_start_models_features(images):
     model, parts, _ = images
     part = _sequence(images, ["a"], size=6, choose="herding")[0]

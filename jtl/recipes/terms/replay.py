@@ -138,10 +138,11 @@ def _memory(start: Start, found: Mapping[str, Dataset], size: int | None, choose
     parts += [(dataset, names.index(name)) for name, dataset in found.items()]
     kept = []
     for number, ((dataset, _), room) in enumerate(zip(parts, _rooms(size, parts), strict=True)):
-        # In the memory's order: any beginning of it is chosen in the same way.
+        # In the memory's order: any beginning of it is chosen in the same way, so a task that fits
+        # whole is put in that order too.
         rows = np.arange(min(room, dataset.size))
-        if number >= old and room < dataset.size:
-            rows = _choice(start, dataset, room, choose, number)
+        if number >= old and size is not None:
+            rows = _choice(start, dataset, len(rows), choose, number)
         kept.append(dataset.take(rows).loaded())
     sizes = [dataset.size for dataset in kept]
     columns = {
