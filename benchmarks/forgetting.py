@@ -110,9 +110,7 @@ def _searched(
             one = digit_tasks.with_strength(setting, way, weight)
             options = dict(path=path, seeds=(SEARCH_SEED,), sizes=sizes, joint=False)
             try:
-                with contextlib.redirect_stdout(
-                    io.StringIO()
-                ):  # it shows figures of the test split
+                with contextlib.redirect_stdout(io.StringIO()):  # it shows test figures
                     entry = digit_tasks.learn(name, one, **options)["runs"][way]["validation"]
             except NonFiniteError as error:
                 measure.say(f"{way} {weight}: {str(error)[:60]}")
