@@ -29,7 +29,7 @@ def images():
     """A model with three heads, the task of each and its training data; row r's pixels say r."""
     source = tiny.digits(train=60)["train"]
     heads = {"a": 3, "b": 3, "n": 1}
-    model = attach(tiny.resnet(), {n: Linear(k) for n, k in heads.items()}, key=jax.random.key(0))
+    model = attach(tiny.mlp(), {n: Linear(k) for n, k in heads.items()}, key=jax.random.key(0))
     whole = jdata.encode(source, model.backbone.inputs)
     numbers = np.linspace(-1.0, 1.0, 20, dtype=np.float32)
     parts = {
