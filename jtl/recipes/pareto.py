@@ -136,9 +136,9 @@ def pareto(
             "config": {**place.config, "strength": strength},
         }
         runs[strength] = name, fine_tune(backbone, data, **run, overwrite=overwrite)
-        traded = _source(source, runs)  # refused after the first run, not after the last
+        _source(source, runs)  # refused after the first run, not after the last
     found = {
-        **_compared(runs, traded, tolerance),
+        **_compared(runs, _source(source, runs), tolerance),
         "seed": seed,
         "versions": record.versions(),
         "config": place.config,
