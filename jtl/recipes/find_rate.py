@@ -117,7 +117,7 @@ def find_rate(
         *(optimizer or adamw(), batch_size, clip, accumulate, parallel, None),
         *(columns_mib, columns_disk_mib, columns_folder),
     )
-    start, _ = opened(backbone)
+    start, classes = opened(backbone)
     check_sources(data)
     sweeping = {"lowest": lowest, "highest": highest, "steps": steps, "smoothing": smoothing}
     shown = {
@@ -144,7 +144,8 @@ def find_rate(
     enable_cache()
     keep_freed_memory()
     job_task = task(data["train"])
-    model = attached(start, head, job_task, seed).computing(dtype, remat=remat or None)
+    model = attached(start, head, job_task, seed, classes=classes)
+    model = model.computing(dtype, remat=remat or None)
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     phases = list(plan(model.groups, (head,)))

@@ -29,8 +29,26 @@ def origin(start: Backbone | Model) -> dict[str, str]:
     return {"source": source, "weights": identity.weights(start.params)}
 
 
-def attached(backbone: Backbone | Model, head: str, task: Task, seed: int) -> Model:
-    """Return the model with the task's head: a new one, or that of a model which has it."""
+def attached(
+    backbone: Backbone | Model,
+    head: str,
+    task: Task,
+    seed: int,
+    *,
+    classes: Mapping[str, tuple[str, ...]],
+) -> Model:
+    """Return the model with the task's head: a new one, or that of a model which has it.
+
+    Args:
+        backbone: what training starts from.
+        head: its name.
+        task: gives a new one.
+        seed: of its weights.
+        classes: {head of the model: names of its classes}, where they are known.
+
+    Raises:
+        ValueError: the model's head of this name is of another task.
+    """
     key = jax.random.key(seed)
     if isinstance(backbone, Backbone):
         return attach(backbone, {head: task.head}, key=key)
@@ -41,6 +59,12 @@ def attached(backbone: Backbone | Model, head: str, task: Task, seed: int) -> Mo
         raise ValueError(
             f"the model's head {head!r} has {there[0]} outputs and the task {task.head.outputs}; "
             "give the task a head of another name by head="
+        )
+    if tuple(classes.get(head, task.classes)) != tuple(task.classes):
+        raise ValueError(
+            f"the model's head {head!r} answers {list(classes[head])} and the task has the classes "
+            f"{list(task.classes)}; give the task a head of another name by head=, or data with "
+            "the same classes in this order (classes=)"
         )
     return backbone
 

@@ -233,6 +233,15 @@ def test_a_head_of_other_outputs_is_refused(ended, tmp_path, data):
         jtl.fine_tune(jtl.load(ended), three, folder=tmp_path / "run", **OPTIONS)
 
 
+def test_a_head_of_other_classes_is_refused(ended, tmp_path, data):
+    spam = {
+        part: tiny.with_labels(source, np.arange(source.size) % 2, ("ham", "spam"))
+        for part, source in data.items()
+    }
+    with pytest.raises(ValueError, match="'head' answers .* has the classes .'ham', 'spam'.; give"):
+        jtl.fine_tune(jtl.load(ended), spam, folder=tmp_path / "run", **OPTIONS)
+
+
 def _absent(data):
     labels = np.zeros(data["train"].size, np.int32)
     return {**data, "train": tiny.with_labels(data["train"], labels, data["train"].classes)}
