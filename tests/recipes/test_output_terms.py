@@ -1,4 +1,4 @@
-"""Penalties on outputs and features as terms, on a toy by hand and on a tiny BERT and ResNet."""
+"""Penalties on outputs and features as terms, on a toy by hand and on a tiny BERT and MLP."""
 
 import functools
 import types
@@ -247,7 +247,7 @@ def test_features_and_delta_by_hand():
 
 @pytest.fixture(scope="module")
 def images():
-    model = attach(tiny.resnet(), {"head": Linear(3)}, key=jax.random.key(0))
+    model = attach(tiny.mlp(), {"head": Linear(3)}, key=jax.random.key(0))
     return terms.Start(model, (), frozenset({"block_1", "head"}), {}, jax.random.key(1))
 
 

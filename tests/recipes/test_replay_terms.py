@@ -301,7 +301,7 @@ def test_one_head_forgets_old_classes_without_a_memory_and_not_with_one(tmp_path
         entries,
         folder=tmp_path / "run",
         scenario="class",
-        plan=functools.partial(phases.full, rate=1e-2, head_rate=1e-2, epochs=3),
+        plan=functools.partial(phases.full, rate=1e-2, head_rate=1e-2, epochs=6),
         batch_size=16,
         checkpoints=False,
         ways={

@@ -1,4 +1,4 @@
-"""A tiny BERT on real sentences, a tiny ResNet on real digits, and plans of a few steps."""
+"""A tiny BERT on real sentences, a tiny MLP and ResNet on real digits, plans of a few steps."""
 
 import collections
 import dataclasses
@@ -45,6 +45,13 @@ def bert(folder, data):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     shape = {**BERT, "vocab_size": len(special) + len(common)}
     return scratch.scratch("bert", shape, pooling="mean", tokenizer=str(folder))
+
+
+@functools.cache
+def mlp():
+    """Return a random MLP for 16 x 16 images: the groups and the width of the ResNet, no norms."""
+    shape = {"image_size": 16, "num_channels": 3, "hidden_sizes": [16, 12, 8]}
+    return scratch.scratch("mlp", shape)
 
 
 @functools.cache

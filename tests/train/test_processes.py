@@ -23,7 +23,7 @@ def free_port():
 def in_two_processes(folder):
     """Run the worker twice, side by side; return what each printed."""
     script, root = pathlib.Path(worker.__file__), pathlib.Path(__file__).parents[2]
-    flags = "--xla_force_host_platform_device_count=1"
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{root}:{script.parent}"}
     port = free_port()
     running = [
