@@ -248,7 +248,7 @@ def _check(
             "least one of each: the strength of the first penalty is what differs"
         )
     known = inspect.signature(penalties[0]).parameters
-    if "weight" not in known:
+    if "weight" not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         raise ValueError(
             f"the first penalty has no weight to be varied; it takes {sorted(known)}; give one "
             "that has, and the others after it"
