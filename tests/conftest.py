@@ -6,8 +6,8 @@ import shutil
 import signal
 import tempfile
 
-# LLVM's passes are most of the time that tests take, and what they compile runs a few times. The
-# HLO, its FLOPs and its buffers are the same; XLA_FLAGS from outside gives programs as users run them.
+# LLVM's passes are most of the time that tests take, and what they compile runs a few times. HLO,
+# FLOPs and buffers are the same; XLA_FLAGS from outside takes their place.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
