@@ -25,7 +25,7 @@ LIVE = frozenset({"block_1", "old", "new"})
 @pytest.fixture(scope="module")
 def model():
     heads = {"old": Linear(3), "new": Linear(3)}
-    return attach(tiny.resnet(), heads, key=jax.random.key(0))
+    return attach(tiny.mlp(), heads, key=jax.random.key(0))
 
 
 def start_of(model, **changes):

@@ -115,17 +115,19 @@ def test_zero_at_the_start_and_above_it_after_a_move_in_real_rows_alone(name):
 def test_rows_of_the_task_have_no_columns_of_a_stream():
     # There are zeros in their place; they are masked, and give neither loss nor NaN.
     part, batch = made("kl_tokens"), toy_batch()
-    columns = part.columns(batch)
-    clean = part.term(context(toy_params(1), {**batch, **columns}))
-    rows = {n: jnp.where(batch["mask"][:, None, None], v, 0) for n, v in columns.items()}
-    zeroed = part.term(context(toy_params(1), {**batch, **rows}))
+    columns, moved = jax.jit(part.columns)(batch), toy_params(1)
+    term = jax.jit(lambda batch: part.term(context(moved, batch)))
+    clean = term({**batch, **columns})
+    rows = {n: np.where(batch["mask"][:, None, None], v, 0) for n, v in columns.items()}
+    zeroed = term({**batch, **rows})
     np.testing.assert_allclose(zeroed, clean, rtol=1e-6)
 
 
 def stepped(part, accumulate=1, spread=None):
     """Return parameters and loss after one step on a batch with unequal real rows and tokens."""
     batch = toy_batch(16)
-    batch |= {name: np.asarray(column) for name, column in part.columns(batch).items()}
+    columns = jax.jit(part.columns)(batch)
+    batch |= {name: np.asarray(column) for name, column in columns.items()}
     labels = {name: "body" if name == "body" else "heads" for name in toy_params()}
     step = make_step(
         *(toy_apply, {part.name: part.term}, optax.sgd(1.0), labels, {"body": 0.1}),
@@ -176,23 +178,25 @@ def test_lwf_by_hand_with_temperature_squared():
     c = Context({}, {"two": ours}, batch, {}, jnp.int32(0), jax.random.key(0))
     # at T = 2 the probabilities are 2/3 and 1/3
     expected = 3 * 4 * (0.5 * np.log(0.5 / (2 / 3)) + 0.5 * np.log(0.5 / (1 / 3)))
-    total, rows = part.term(c)
+    total, rows = jax.jit(part.term)(c)
     assert float(total) == pytest.approx(expected, rel=1e-5) and float(rows) == 1.0
 
 
 @pytest.mark.parametrize("penalty", [terms.lwf, functools.partial(terms.kl, head="one")])
 def test_a_shared_head_is_compared_on_the_old_classes_alone(penalty):
     part, batch = penalty(toy_start(("one",), seen={"one": (2, 0)})), toy_batch()
-    columns = part.columns(batch)
+    columns = jax.jit(part.columns)(batch)
     assert [column.shape for column in columns.values()] == [(8, 2)]
-    c = context(toy_params(1), {**batch, **columns})
+    apply, first, moved = jax.jit(toy_apply), toy_params(), toy_params(1)
+    c = context(moved, {**batch, **columns}, apply=apply)
     old = [
-        value[:, jnp.array([2, 0])]
-        for value in (c.out["one"], toy_apply(toy_params(), {}, batch)[0]["one"])
+        value[:, np.array([2, 0])] for value in (c.out["one"], apply(first, {}, batch)[0]["one"])
     ]
-    expected = kl_formula.kl(*old, temperature=2.0, mask=jnp.asarray(batch["mask"]))
+    mask = jnp.asarray(batch["mask"])
+    expected = jax.jit(lambda ours, theirs: kl_formula.kl(ours, theirs, temperature=2.0, mask=mask))
+    expected = expected(*old)
     call = lambda logits: part.term(c._replace(out={"one": logits}))[0]  # noqa: E731
-    total, gradient = jax.value_and_grad(call)(c.out["one"])
+    total, gradient = jax.jit(jax.value_and_grad(call))(c.out["one"])
     assert float(total) == pytest.approx(6 * float(expected), rel=1e-5)
     assert np.all(gradient[:, 1] == 0) and np.any(gradient[:, 0] != 0)
 
@@ -303,10 +307,10 @@ def reviews():
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory, reviews):
-    backbone = tiny.bert(tmp_path_factory.mktemp("words"), reviews)
+    backbone = tiny.bert(tmp_path_factory.mktemp("words"), reviews, num_hidden_layers=1)
     head = MaskedLM(backbone.dim, backbone.config["vocab_size"])
     model = attach(backbone, {"lm": head, "label": Linear(2)}, key=jax.random.key(0))
-    return terms.Start(model, ("lm",), frozenset({"block_1"}), {}, jax.random.key(1))
+    return terms.Start(model, ("lm",), frozenset({"block_0"}), {}, jax.random.key(1))
 
 
 def test_kl_of_a_language_model_over_the_likeliest_words(language, reviews):
@@ -322,15 +326,15 @@ def test_kl_of_a_language_model_over_the_likeliest_words(language, reviews):
         apply({**model.params, "backbone": part}, {}, batch)[0]
         for part in (model.params["backbone"], body)
     )
-    full = kl_formula.kl(out["lm"], start["lm"], mask=jnp.asarray(tokens))
+    full = jax.jit(kl_formula.kl)(out["lm"], start["lm"], mask=jnp.asarray(tokens))
     found, size = {}, {}
     for keep in (8, words):
         part = terms.kl(language, temperature=1.0, keep=keep)
-        columns = jax.jit(part.columns)(batch)
+        columns, term = jax.jit(part.columns)(batch), jax.jit(part.term)
         size[keep] = sum(column.nbytes for column in columns.values())
         c = Context({}, start, {**batch, **columns}, {}, jnp.int32(0), jax.random.key(0))
-        assert float(part.term(c)[0]) == pytest.approx(0.0, abs=1e-3)
-        total, weight = part.term(c._replace(out=out))
+        assert float(term(c)[0]) == pytest.approx(0.0, abs=1e-3)
+        total, weight = term(c._replace(out=out))
         assert float(weight) == tokens.sum()
         found[keep] = float(total) / float(weight)
     assert found[words] == pytest.approx(float(full), rel=1e-3)

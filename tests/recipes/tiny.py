@@ -35,15 +35,21 @@ def reviews(train=40, validation=24, test=24):
     return sources.table(REVIEWS, where=where, train=train, validation=validation, test=test)
 
 
-def bert(folder, data):
-    """Return a random BERT whose vocabulary is the words of the training sentences."""
+def bert(folder, data, **changes):
+    """Return a random BERT whose vocabulary is the words of the training sentences.
+
+    Args:
+        folder: where its tokenizer is written.
+        data: the sentences.
+        **changes: other sizes than those of `BERT`.
+    """
     words = re.findall(r"[a-z]+", " ".join(data["train"].columns["text"]).lower())
     common = [word for word, _ in collections.Counter(words).most_common(300)]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (folder / "vocab.txt").write_text("\n".join([*special, *common]))
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    shape = {**BERT, "vocab_size": len(special) + len(common)}
+    shape = {**BERT, "vocab_size": len(special) + len(common), **changes}
     return scratch.scratch("bert", shape, pooling="mean", tokenizer=str(folder))
 
 
