@@ -21,8 +21,9 @@ from jtl.train.state import Context
 SIZES = {"train": 24, "validation": 16, "test": 24}
 TEN = tuple(str(digit) for digit in range(10))
 SHAPE = {"image_size": 8, "num_channels": 3, "hidden_sizes": [16, 12]}
+PLAN = functools.partial(phases.full, rate=1e-2, head_rate=1e-2)
 OPTIONS = {
-    "plan": functools.partial(phases.full, rate=1e-2, head_rate=1e-2, epochs=2),
+    "plan": functools.partial(PLAN, epochs=1),
     "task": functools.partial(tasks.classification, dropout=0.0),
     "batch_size": 8,
 }
@@ -88,6 +89,7 @@ def test_a_head_for_each_task_in_two_ways_from_two_seeds(tmp_path):
     ways = {"plain": (), "held": (_watcher(seen, weight=10.0),)}
     given = (_backbone(), entries)
     options = {**OPTIONS, "ways": ways, "seeds": (3, 4), "joint": True, "checkpoints": False}
+    options["plan"] = functools.partial(PLAN, epochs=2)
     result = continual(*given, folder=tmp_path / "run", **options)
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["tasks"] == ["from_0", "from_2"] and result["seeds"] == [3, 4]
@@ -147,8 +149,8 @@ def _lines(folder):
 def test_one_head_over_the_classes_of_all_tasks(tmp_path):
     seen = []
     ways = {"held": (_watcher(seen),)}
-    plan = functools.partial(phases.full, rate=1e-2, head_rate=1e-2, epochs=10)
-    options = {**OPTIONS, "plan": plan, "scenario": "class", "ways": ways}
+    plan = functools.partial(PLAN, epochs=10)
+    options = {**OPTIONS, "plan": plan, "scenario": "class", "ways": ways, "checkpoints": False}
     result = continual(_backbone(), _pairs(TEN[:6]), folder=tmp_path / "run", **options)
     _check_starts(seen, tmp_path / "run")
     (row,) = result["runs"]["held"]["seeds"]
@@ -215,7 +217,7 @@ def test_the_optimizer_starts_afresh_at_a_border_unless_it_is_carried(tmp_path, 
         _pairs(TEN[:4])[:2],
         folder=tmp_path / "run",
         scenario="class",
-        optimizer=_only(6),  # as many as the first task takes
+        optimizer=_only(3),  # as many as the first task takes
         ways={"way": (_watcher(seen),)},
         carry_optimizer=carry,
         checkpoints=False,
@@ -236,9 +238,8 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
         return penalty(start)
 
     penalty = functools.partial(terms.si, weight=1.0)
-    whole = continual(
-        _backbone(), _pairs(), folder=tmp_path / "whole", ways={"si": (penalty,)}, **OPTIONS
-    )
+    given = {"ways": {"si": (penalty,)}, "checkpoints": False}
+    whole = continual(_backbone(), _pairs(), folder=tmp_path / "whole", **given, **OPTIONS)
     options = {**OPTIONS, "config": {"same": 1}}
     with pytest.raises(RuntimeError, match="cut off"):
         given = {"ways": {"si": (failing,)}}
@@ -301,7 +302,9 @@ def _model(learned):
 def test_a_penalty_changes_what_comes_after_the_first_task(tmp_path):
     penalty = functools.partial(terms.ewc, weight=1e5, examples=24)
     given = (_backbone(), _pairs()[:2])
-    result = continual(*given, folder=tmp_path / "run", penalties=(penalty,), **OPTIONS)
+    options = {**OPTIONS, "penalties": (penalty,), "checkpoints": False}
+    options["plan"] = functools.partial(PLAN, epochs=2)
+    result = continual(*given, folder=tmp_path / "run", **options)
     plain, held = (np.array(result["runs"][way]["matrix"], float) for way in ("plain", "penalised"))
     np.testing.assert_array_equal(plain[0], held[0])
     assert not np.array_equal(plain[1], held[1])
