@@ -56,14 +56,14 @@ def get_config(path: str = "") -> ConfigDict:
                 backbone=dict(
                     kind="scratch", family="mlp", config=dict(shape, hidden_sizes=(32,)), **grey
                 ),
-                tasks=_tasks(SAMPLE, 3, train=128, validation=32, test=64),
+                tasks=_tasks(SAMPLE, 2, train=64, validation=32, test=32),
                 plan=dict(kind="full", rate=1e-3, epochs=1),
                 ways=dict(
                     plain=(),
                     ewc=(dict(kind="ewc", weight=100.0, examples=32),),
                     si=(dict(kind="si", weight=1.0),),
                 ),
-                batch_size=64,
+                batch_size=32,
             ),
         )
     )

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     )
     short = dict(reviews, where=dict(source="rotten_tomatoes"))
     long = dict(reviews, where=dict(source="imdb"))
-    small = dict(train=48, validation=24, test=24)
+    small = dict(train=16, validation=12, test=12)
     optimizer = dict(kind="adamw", weight_decay=0.01)
     return ConfigDict(
         dict(

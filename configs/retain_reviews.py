@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     long = dict(reviews, where=dict(source="imdb"), classes=classes)
     site = dict(reviews, label="source")
     small, middle = (
-        dict(train=48, validation=24, test=24),
+        dict(train=16, validation=12, test=12),
         dict(train=1000, validation=500, test=1000),
     )
 
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
                 data=dict(short, **small),
                 plan=dict(kind="full", rate=1e-4, epochs=1),
                 retain=watched(small, 16),
-                shares_every=2,
+                shares_every=1,
                 batch_size=8,
                 buckets=1,
                 max_length=16,

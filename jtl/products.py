@@ -165,8 +165,9 @@ def outer(plan: Plan, number: int, leaf: Any, operand: Any, slope: Any) -> jax.A
 
         def dot(row: Any) -> Any:
             pair = (weight, row) if product.side == 0 else (row, weight)
+            # Squares of gradients span many decades: no products of fewer bits on an accelerator.
             return jax.lax.dot_general(
-                *pair, params["dimension_numbers"], precision=params["precision"]
+                *pair, params["dimension_numbers"], precision=jax.lax.Precision.HIGHEST
             )
 
         return jax.vmap(dot)(operand)

@@ -13,6 +13,7 @@ import numpy as np
 from jtl import data as jdata
 from jtl.data import Dataset
 from jtl.losses import bootstrap
+from jtl.models.heads import MaskedLM
 from jtl.models.model import Model
 from jtl.recipes import tasks, verdict
 from jtl.recipes.datasets import once
@@ -92,6 +93,11 @@ def task(
     """
     head = _head(before, head)
     made = task(data["train"])
+    if isinstance(before.model.heads[head], MaskedLM):
+        raise ValueError(
+            f"retain of kind 'task' watches a head of classes or numbers; {head!r} is a masked-LM "
+            "head; take kind 'masked_lm' for it"
+        )
     there = int(np.shape(before.model.params["heads"][head]["classifier"]["bias"])[0])
     classes = before.classes.get(head, made.classes)
     if there != made.head.outputs or tuple(classes) != tuple(made.classes):
