@@ -153,7 +153,7 @@ def find_rate(
     chosen = _phase(phases, phase)
     job = Job(model, head, job_task, datasets, [chosen], seed)
     kept = tuple(start.heads) if isinstance(start, Model) else ()
-    readings = _swept(job, settings, make_parts(job, penalties, kept), sweeping)
+    readings = _swept(job, settings, make_parts(job, penalties, kept, classes), sweeping)
     result = _result(chosen, readings, steps) | {
         "source": model.backbone.source,
         "seed": seed,

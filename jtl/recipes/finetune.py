@@ -131,7 +131,7 @@ def fine_tune(
     job = Job(model, head, job_task, datasets, list(plan(model.groups, (head,))), seed)
     kept = tuple(start.heads) if isinstance(start, Model) else ()
     watching, settings = watch(job, settings, retain, Before(model, kept, classes))
-    parts = make_parts(job, penalties, kept)
+    parts = make_parts(job, penalties, kept, classes)
     place = run.folder / record.CHECKPOINTS
     engine = make_engine(job, settings, parts=parts, folder=place, retained=watching)
     rows = group_rows(job)

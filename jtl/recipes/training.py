@@ -37,12 +37,23 @@ class Engine(NamedTuple):
 
 
 def make_parts(
-    job: Job, penalties: Sequence[Callable[..., Part]], kept: Sequence[str]
+    job: Job,
+    penalties: Sequence[Callable[..., Part]],
+    kept: Sequence[str],
+    classes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[Part]:
-    """Return the penalties made for the start model of a job; `kept` are its trained heads."""
+    """Return the penalties made for the start model of a job.
+
+    Args:
+        job: what is to be trained.
+        penalties: `Start -> Part`.
+        kept: trained heads of the start.
+        classes: {kept head: names of its classes}, where they are known.
+    """
     live = plan.ever_live(job.plan)
     key = jax.random.fold_in(jax.random.key(job.seed), 2)
-    made = [penalty(Start(job.model, tuple(kept), live, {}, key)) for penalty in penalties]
+    start = Start(job.model, tuple(kept), live, {}, key, classes=classes or {})
+    made = [penalty(start) for penalty in penalties]
     return [part for part in made if part is not None]
 
 

@@ -58,3 +58,10 @@ def test_a_head_must_be_named_where_two_are_kept(start):
     assert terms.kl(two, head="other").name == "kl_other"
     with pytest.raises(ValueError, match="head='third' is given"):
         terms.kl(two, head="third")
+
+
+@pytest.mark.parametrize("penalty", [terms.ewc, terms.replay])
+def test_data_of_other_classes_than_the_heads_are_refused(start, penalty):
+    named = start._replace(datasets={}, classes={"head": ("2", "1", "0")})
+    with pytest.raises(ValueError, match=r"data of the classes \['0', '1', '2'\], and head 'head'"):
+        penalty(named, data=tiny.digits())

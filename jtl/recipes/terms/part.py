@@ -31,6 +31,7 @@ class Start(NamedTuple):
         watched: what the part's `watch` has come to over the last task; None for nothing.
         seen: {kept head: classes that its tasks had}, None for a head that knows all of them.
         tasks: {kept head: its task}, where the recipe has them.
+        classes: {kept head: names of its classes}, where they are known.
     """
 
     model: Model
@@ -44,6 +45,7 @@ class Start(NamedTuple):
     watched: Any = None
     seen: Mapping[str, tuple[int, ...] | None] = {}
     tasks: Mapping[str, Any] = {}
+    classes: Mapping[str, tuple[str, ...]] = {}
 
 
 class Stream(NamedTuple):
@@ -109,9 +111,16 @@ def dataset_of(start: Start, head: str, data: Mapping[str, Any] | None, what: st
     """Return the encoded training data of a kept head's task: given, or the recipe's.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or given ones are of other classes than the head's.
     """
     if data is not None:
+        given, known = data["train"].classes or (), start.classes.get(head)
+        if known is not None and tuple(given) != tuple(known):
+            raise ValueError(
+                f"{what} is given data of the classes {list(given)}, and head {head!r} was trained "
+                f"on {list(known)}; give the data of that head's task, its classes in this order "
+                "(classes=)"
+            )
         return jdata.encode(data["train"], start.model.backbone.inputs)
     if head not in start.datasets:
         raise ValueError(
