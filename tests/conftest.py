@@ -19,8 +19,23 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # programs and columns, shared by a
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
 install_import_hook("jtl", "beartype.beartype")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Let runs lie on one device, as where there is one: eight hold and step eight copies."""
+    from jtl.train import parallel
+
+    made = parallel.make_spread
+
+    def make_spread(kind="jit", devices=None, **options):
+        alone = parallel.Spread(kind, None, None, 2**16)
+        return alone if kind == "jit" and devices is None else made(kind, devices, **options)
+
+    monkeypatch.setattr(parallel, "make_spread", make_spread)

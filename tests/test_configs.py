@@ -40,7 +40,7 @@ def _check(folder, recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "resnet_probe"])
-def test_a_config_runs_on_small_data(name, tmp_path):
+def test_a_config_runs_on_small_data(name, tmp_path, one_device):
     fields = _get(name)
     fields.smoke, fields.folder = True, str(tmp_path / "run")
     result = config.run(fields)

@@ -33,7 +33,7 @@ def test_the_plan_by_hand_is_a_plan():
 
 
 @pytest.mark.slow
-def test_fine_tuning_in_python(tmp_path, monkeypatch, capsys):
+def test_fine_tuning_in_python(tmp_path, monkeypatch, capsys, one_device):
     monkeypatch.chdir(tmp_path)
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))

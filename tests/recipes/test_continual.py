@@ -84,7 +84,7 @@ def _same(left, right):
 
 
 @pytest.mark.slow
-def test_a_head_for_each_task_in_two_ways_from_two_seeds(tmp_path):
+def test_a_head_for_each_task_in_two_ways_from_two_seeds(tmp_path, one_device):
     seen, entries = [], _pairs()[:2]
     ways = {"plain": (), "held": (_watcher(seen, weight=10.0),)}
     given = (_backbone(), entries)
@@ -146,7 +146,7 @@ def _lines(folder):
 
 
 @pytest.mark.slow
-def test_one_head_over_the_classes_of_all_tasks(tmp_path):
+def test_one_head_over_the_classes_of_all_tasks(tmp_path, one_device):
     seen = []
     ways = {"held": (_watcher(seen),)}
     plan = functools.partial(PLAN, epochs=10)
@@ -209,7 +209,7 @@ def _only(steps):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("carry", [False, True])
-def test_the_optimizer_starts_afresh_at_a_border_unless_it_is_carried(tmp_path, carry):
+def test_the_optimizer_starts_afresh_at_a_border_unless_it_is_carried(tmp_path, carry, one_device):
     # Peers carry Adam's moments and count over the border by accident.
     seen = []
     continual(
@@ -231,7 +231,7 @@ def test_the_optimizer_starts_afresh_at_a_border_unless_it_is_carried(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path, one_device):
     def failing(start):
         if len(start.kept) == 2:
             raise RuntimeError("cut off")

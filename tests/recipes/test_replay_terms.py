@@ -282,7 +282,7 @@ def test_the_memory_has_rows_of_training_data_alone(images):
 
 
 @pytest.mark.slow
-def test_one_head_forgets_old_classes_without_a_memory_and_not_with_one(tmp_path):
+def test_one_head_forgets_old_classes_without_a_memory_and_not_with_one(tmp_path, one_device):
     """Two digits, then two others, in one head: what is plainly lost is kept by few examples."""
     names = ("0", "1", "2", "3")
     entries = []
