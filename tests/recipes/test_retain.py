@@ -63,7 +63,7 @@ def start(checkpoint, texts):
 @pytest.fixture(scope="module")
 def images():
     """A job on digits that opens the last stage after the head."""
-    model = attach(tiny.mlp(), {"head": Linear(3)}, key=jax.random.key(0))
+    model = attach(tiny.resnet(), {"head": Linear(3)}, key=jax.random.key(0))
     data = tiny.digits()
     plan = tiny.head_then_last(model.groups, ("head",))
     made = tasks.classification(data["train"])
@@ -165,7 +165,7 @@ def test_a_probe_is_that_of_the_first_features(images):
     kept = watching.changed(made, images, images.model, first)["retain"]["digits"]
     assert kept["change"] == {"value": 0.0, "interval": [0.0, 0.0]}
     assert kept["before"]["test"] > 0.6  # three digits: a third by chance
-    random = dataclasses.replace(images.model, params=_moved(images.model, 3.0))
+    random = dataclasses.replace(images.model, params=_moved(images.model))
     lost = watching.changed(made, images, random, first)["retain"]["digits"]
     assert lost["before"] == kept["before"]
     assert lost["change"]["value"] == pytest.approx(
