@@ -15,6 +15,9 @@ def idx(array, code):
     return head + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
 
+_CUT_SHORT = gzip.compress(bytes(100), mtime=0)[:20]  # without the time: it names a test
+
+
 @pytest.mark.parametrize(
     ("dtype", "code"),
     [("u1", 8), ("i1", 9), ("i2", 11), ("i4", 12), ("f4", 13), ("f8", 14)],
@@ -44,7 +47,7 @@ def test_bytes_by_hand(tmp_path):
         (bytes([0, 0, 8, 3, 0, 0, 0, 1]), "ends inside its header: 8 bytes, and 3 axes need 16"),
         (bytes([0, 0, 8, 1, 0, 0, 0, 3, 1]), r"holds \(3,\) numbers, 3 bytes; there are 1; fetch"),
         (bytes([0, 0, 8, 1, 0, 0, 0, 1, 1, 2]), r"holds \(1,\) numbers, 1 bytes; there are 2"),
-        (gzip.compress(bytes(100), mtime=0)[:20], "cannot be read .*; it is missing or damaged; fetch it"),
+        (_CUT_SHORT, "cannot be read .*; it is missing or damaged; fetch it"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, content, message):
