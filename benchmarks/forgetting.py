@@ -23,7 +23,7 @@ Strengths were chosen on validation data (`--search`).
 import argparse
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks import assets, digit_tasks, measure, penalty_cost, table, text_forgetting
@@ -61,7 +61,7 @@ def main() -> None:
         _show([row for row in rows if "way" in row])
 
 
-def _rows(name: str, options: argparse.Namespace) -> Sequence[dict[str, Any]]:
+def _rows(name: str, options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     seeds = options.seeds[:1] if options.quick else options.seeds
     if name == "cost":
         return penalty_cost.rows(options.quick)
@@ -77,12 +77,26 @@ def _rows(name: str, options: argparse.Namespace) -> Sequence[dict[str, Any]]:
         setting, sizes = setting._replace(batch_size=64), _QUICK
     if options.search:
         return _searched(name, setting, path, sizes)
-    result = digit_tasks.learn(name, setting, path=path, seeds=seeds, sizes=sizes)
-    judge = not options.quick
-    rows = [_row(name, way, entry, judge) for way, entry in result["runs"].items()]
-    return [*rows, {"way": "joint", "value": result["joint"]["average"],
-                    "values": result["joint"]["values"]["average"],
-                    "spread": result["joint"]["spread"]["average"]}]  # fmt: skip
+    return _each(name, setting, dict(path=path, seeds=seeds, sizes=sizes), not options.quick)
+
+
+def _each(
+    name: str, setting: digit_tasks.Setting, given: dict[str, Any], judge: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of each way when it has ended, then that of all tasks at once."""
+    for number, (way, sections) in enumerate(setting.ways.items()):
+        last = number == len(setting.ways) - 1
+        try:
+            one = setting._replace(ways={way: sections})
+            result = digit_tasks.learn(name, one, **given, joint=last)
+        except NonFiniteError as error:
+            yield {"way": way, "value": None, "why": str(error)}
+            continue
+        yield _row(name, way, result["runs"][way], judge)
+        if last:
+            joint = result["joint"]
+            values, spread = joint["values"]["average"], joint["spread"]["average"]
+            yield {"way": "joint", "value": joint["average"], "values": values, "spread": spread}
 
 
 def _row(name: str, way: str, entry: dict[str, Any], judge: bool) -> dict[str, Any]:
@@ -125,7 +139,7 @@ def _searched(
 def _show(rows: list[dict[str, Any]]) -> None:
     body = []
     for row in rows:
-        if row["setting"] == "text":
+        if row["setting"] == "text" or row["value"] is None:
             continue
         spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
         five = f"{100 * row['after_5']:.1f}" if "after_5" in row else ""
