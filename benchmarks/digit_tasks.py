@@ -14,6 +14,7 @@ from jtl import config
 NAMES = tuple(str(digit) for digit in range(10))
 PAIRS = tuple((digit, digit + 1) for digit in range(0, 10, 2))
 BUFFER = 2000  # examples that replay keeps in all
+QUICK = {"permuted": ("ewc", "si"), "split_task": ("lwf",), "split_class": ("replay",)}
 
 
 class Setting(NamedTuple):
@@ -50,15 +51,15 @@ SETTINGS = {
     "permuted": Setting(
         "domain",
         {
-            "plain": (),
             "ewc": _fisher("ewc", 15.0),
-            "online_ewc": _fisher("ewc", 15.0, form="online"),
             "si": (dict(kind="si", weight=3.0),),
-            "mas": _fisher("mas", 0.03),
+            "plain": (),
+            "online_ewc": _fisher("ewc", 15.0, form="online"),
             "replay": (dict(kind="replay", rows=0.5, size=BUFFER),),
+            "mas": _fisher("mas", 0.03),
         },
         dict(kind="full", rate=0.1, head_rate=0.1, epochs=3),
-        {"ewc": (15.0, 40.0, 100.0), "si": (1.0, 3.0, 6.0), "mas": (0.01, 0.03, 0.1)},
+        {"ewc": (5.0, 15.0, 40.0), "si": (1.0, 3.0, 6.0), "mas": (0.01, 0.03, 0.1)},
         number=10,
         optimizer=dict(kind="sgd", momentum=0.9),
     ),
@@ -120,9 +121,7 @@ def learn(
                 recipe="continual",
                 folder=f"{folder}/run",
                 scenario=setting.scenario,
-                backbone=dict(
-                    kind="scratch", family="mlp", config=shape, mean=(0.1307,), std=(0.3081,)
-                ),
+                backbone=dict(kind="scratch", family="mlp", config=shape, mean=(0.0,), std=(1.0,)),
                 tasks=tasks(name, path, setting.number, sizes),
                 task=dict(kind="classification", dropout=0.0),
                 plan=dict(setting.plan),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.assets mnist sms_spam   # once, with a network
     python -m benchmarks.forgetting              # all settings, three seeds
-    python -m benchmarks.forgetting --quick      # few examples, one seed
+    python -m benchmarks.forgetting --quick      # few examples and ways, one seed
     python -m benchmarks.forgetting --settings permuted --search
 
 Settings:
@@ -69,8 +69,8 @@ def _rows(name: str, options: argparse.Namespace) -> Iterable[dict[str, Any]]:
         return text_forgetting.rows(options.quick, seeds, search=options.search, ways=options.ways)
     path = options.mnist or str(assets.fetch("mnist"))
     setting = digit_tasks.SETTINGS[name]
-    if options.ways:
-        setting = setting._replace(ways={way: setting.ways[way] for way in options.ways})
+    ways = options.ways or (digit_tasks.QUICK[name] if options.quick else tuple(setting.ways))
+    setting = setting._replace(ways={way: setting.ways[way] for way in ways})
     sizes: dict[str, Any] = dict(validation=5000 if name == "permuted" else 1000)
     if options.quick:
         setting = setting._replace(number=2, hidden=(64,), plan={**setting.plan, "epochs": 1})
