@@ -1,7 +1,8 @@
 """The MNIST settings of `benchmarks.forgetting`: tasks, ways, and the strengths of penalties.
 
-Strengths are the best of a short list by the validation figure from a seed that the tables do not
-use: `python -m benchmarks.forgetting --search`.
+`python -m benchmarks.forgetting --search` compares strengths by the validation figure from a seed
+that the tables do not use. Those of EWC and SI on permuted MNIST are the best found so; those of
+the other ways and settings are round numbers that nothing was searched for.
 """
 
 import tempfile
@@ -44,7 +45,7 @@ class Setting(NamedTuple):
 
 
 def _fisher(kind: str, weight: float, **fields: Any) -> tuple[dict[str, Any], ...]:
-    return (dict(kind=kind, weight=weight, examples=1000, chunk=100, **fields),)
+    return (dict(kind=kind, weight=weight, examples=1000, **fields),)
 
 
 SETTINGS = {
@@ -59,7 +60,7 @@ SETTINGS = {
             "mas": _fisher("mas", 0.03),
         },
         dict(kind="full", rate=0.1, head_rate=0.1, epochs=3),
-        {"ewc": (5.0, 15.0, 40.0), "si": (1.0, 3.0, 6.0), "mas": (0.01, 0.03, 0.1)},
+        {"ewc": (15.0, 40.0), "si": (1.0, 3.0, 6.0), "mas": (0.01, 0.03, 0.1)},
         number=10,
         optimizer=dict(kind="sgd", momentum=0.9),
     ),

@@ -1,9 +1,8 @@
 """The text setting of `benchmarks.forgetting`: MiniLM tuned on film reviews, then on spam.
 
 The head of the reviews stays on the model; its accuracy is watched while a task of another kind is
-learned in several ways. Strengths are the best of a short list by validation figures from a seed
-that the table does not use (`--search`): the highest figure on the reviews among those within one
-point of plain tuning on spam.
+learned in several ways. Strengths are round numbers that nothing was searched for yet; `--search`
+compares some by validation figures, from a seed that the table does not use.
 """
 
 import contextlib
