@@ -17,6 +17,7 @@ from benchmarks import (
     schedule,
     shapes,
     table,
+    text_forgetting,
     torch_steps,
     torch_text,
 )
@@ -250,3 +251,20 @@ def test_both_sides_open_as_much(name, tiny):
 def test_cells_are_plain_data():
     cell = reviews.Cell("torch", "opening", 32, 0, 3, replay={"head": 2.0})
     assert reviews.Cell(**dataclasses.asdict(cell)) == cell
+
+
+def test_what_a_way_keeps_is_a_share_of_what_plain_tuning_loses():
+    plain = {"target": 0.97, "source": 0.66, "before": 0.86}
+    seed = {
+        "plain": plain,
+        "held": {"target": 0.965, "source": 0.83, "before": 0.86},
+        "slow": {"target": 0.90, "source": 0.85, "before": 0.86},
+    }
+    held, slow = (text_forgetting._row(way, [seed]) for way in ("held", "slow"))
+    assert held["kept"] == pytest.approx(0.85) and held["equal_target"] and held["met"]
+    assert not slow["equal_target"] and slow["met"] is None  # no aim where the target fell behind
+
+
+def test_nothing_is_kept_where_plain_tuning_loses_nothing():
+    same = {"target": 0.97, "source": 0.86, "before": 0.86}
+    assert text_forgetting._row("held", [{"plain": same, "held": same}])["kept"] is None
