@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
                 data=dict(short, **small),
                 plan=dict(kind="full", rate=1e-4, epochs=1),
                 strengths=(0, 1),
+                shares_every=None,
                 retain=(dict(probe, data=dict(site, **small), max_length=16, buckets=1),),
                 batch_size=8,
                 buckets=1,
