@@ -36,6 +36,11 @@ AIMS = {
     ("permuted", "si"): 0.94,
     **{("split_task", way): 0.99 for way in ("ewc", "si", "lwf", "replay")},
 }
+# Published: the papers' figures, and those of the leading library's own baselines (avalanche).
+PUBLISHED = {
+    ("permuted", "ewc"): {"paper": 0.94, "library": 0.83},
+    ("permuted", "si"): {"paper": 0.95, "library": 0.83},
+}
 _QUICK = dict(train=400, validation=100, test=200)
 
 
@@ -84,18 +89,18 @@ def _rows(name: str, options: argparse.Namespace) -> Iterable[dict[str, Any]]:
 def _each(
     name: str, setting: digit_tasks.Setting, given: dict[str, Any], judge: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield the row of each way when it has ended, then that of all tasks at once."""
-    for number, (way, sections) in enumerate(setting.ways.items()):
-        last = number == len(setting.ways) - 1
+    """Yield the row of each way when it has ended; after the first, that of all tasks at once."""
+    bound = True
+    for way, sections in setting.ways.items():
         try:
             one = setting._replace(ways={way: sections})
-            result = digit_tasks.learn(name, one, **given, joint=last)
+            result = digit_tasks.learn(name, one, **given, joint=bound)
         except NonFiniteError as error:
             yield {"way": way, "value": None, "why": str(error)}
             continue
         yield _row(name, way, result["runs"][way], judge)
-        if last:
-            joint = result["joint"]
+        if bound:
+            bound, joint = False, result["joint"]
             values, spread = joint["values"]["average"], joint["spread"]["average"]
             yield {"way": "joint", "value": joint["average"], "values": values, "spread": spread}
 
@@ -108,6 +113,7 @@ def _row(name: str, way: str, entry: dict[str, Any], judge: bool) -> dict[str, A
         "value": entry["average"],
         **table.judged(entry["average"], aim, better="higher"),
         **after_five,
+        "published": PUBLISHED.get((name, way)),
         **{field: entry[field] for field in ("backward_transfer", "forgetting", "learning")},
         "values": entry["values"]["average"],
         "spread": entry["spread"]["average"],
@@ -118,7 +124,7 @@ def _row(name: str, way: str, entry: dict[str, Any], judge: bool) -> dict[str, A
 def _searched(
     name: str, setting: digit_tasks.Setting, path: str, sizes: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the validation figure of each strength of each way; the test splits are not read."""
+    """Return the validation figure of each strength of each way; test figures are not shown."""
     rows = []
     for way in [way for way in setting.search if way in setting.ways]:
         for weight in setting.search[way]:
@@ -146,9 +152,11 @@ def _show(rows: list[dict[str, Any]]) -> None:
         five = f"{100 * row['after_5']:.1f}" if "after_5" in row else ""
         drop = f"{100 * row['forgetting']:.1f}" if "forgetting" in row else ""
         shown = (row["setting"], row["way"], f"{100 * row['value']:.1f}{spread}", five, drop)
-        body.append((*shown, table.aimed(row)))
+        known = row.get("published") or {}
+        peers = ", ".join(f"{who} {100 * figure:.0f}" for who, figure in known.items())
+        body.append((*shown, table.aimed(row), peers))
     if body:
-        headers = ("setting", "way", "all tasks", "after 5", "forgotten", "aim")
+        headers = ("setting", "way", "all tasks", "after 5", "forgotten", "aim", "published")
         title = "Test accuracy in percent over all tasks, after the last; forgotten in points"
         table.show(title, headers, body, left=2)
     text_forgetting.show([row for row in rows if row["setting"] == "text"])
