@@ -65,3 +65,16 @@ def test_data_of_other_classes_than_the_heads_are_refused(start, penalty):
     named = start._replace(datasets={}, classes={"head": ("2", "1", "0")})
     with pytest.raises(ValueError, match=r"data of the classes \['0', '1', '2'\], and head 'head'"):
         penalty(named, data=tiny.digits())
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        *(terms.l2_sp, terms.ewc, terms.mas, terms.si, terms.kl, terms.lwf),
+        *(terms.delta, terms.features, terms.replay),
+    ],
+)
+def test_a_weight_that_drives_away_is_refused(start, penalty, weight):
+    with pytest.raises(ValueError, match=r"has weight .*; a penalty is added to the loss"):
+        penalty(start, weight=weight)

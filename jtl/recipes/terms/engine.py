@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from jtl import masks
 from jtl.penalties import si as si_formula
-from jtl.recipes.terms.part import Part, Start
+from jtl.recipes.terms.part import Part, Start, check_weight
 from jtl.train.state import Context
 
 
@@ -31,6 +31,7 @@ def si(start: Start, *, weight: float = 1.0, damping: float = 0.1) -> Part:
 
     Reference: Zenke, Poole and Ganguli 2017, arXiv:1703.04200, equations 4 and 5.
     """
+    check_weight(weight, "si")
     watch = si_formula.path_integral()
     if start.first:
         return Part("si", None, {}, watch=watch)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jtl import data as jdata
 from jtl.penalties import kl as kl_formula
-from jtl.recipes.terms.part import Part, Start, Stream, one_head
+from jtl.recipes.terms.part import Part, Start, Stream, check_weight, one_head
 from jtl.train.state import Context
 
 
@@ -54,6 +54,7 @@ def kl(
 
     Reference: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
     """
+    check_weight(weight, "kl")
     if start.first:
         return None
     head = one_head(start, head, "kl")
@@ -111,6 +112,7 @@ def lwf(start: Start, *, weight: float = 1.0, temperature: float = 2.0) -> Part 
 
     Reference: Li and Hoiem 2016, arXiv:1606.09282, equations 2 and 3.
     """
+    check_weight(weight, "lwf")
     if start.first:
         return None
     if not start.kept:

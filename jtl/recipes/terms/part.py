@@ -1,5 +1,6 @@
 """What a penalty is made from, and what it is: the types that all terms of this folder share."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -88,6 +89,19 @@ class Part(NamedTuple):
     stream: Stream | None = None
     watch: optax.GradientTransformationExtraArgs | None = None
     project: bool = False
+
+
+def check_weight(weight: float, what: str) -> None:
+    """Refuse a weight with which a penalty would drive away from what it keeps to.
+
+    Raises:
+        ValueError: the weight is negative or not finite.
+    """
+    if not 0.0 <= weight < math.inf:
+        raise ValueError(
+            f"{what} has weight {weight}; a penalty is added to the loss times a number "
+            "from 0 up; give one, or leave the penalty out"
+        )
 
 
 def one_head(start: Start, head: str | None, what: str) -> str:

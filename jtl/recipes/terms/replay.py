@@ -17,7 +17,7 @@ from jtl.data.derive import with_columns
 from jtl.losses import classification, regression
 from jtl.recipes.datasets import once
 from jtl.recipes.streams import only_rows
-from jtl.recipes.terms.part import Part, Start, Stream, dataset_of, one_head
+from jtl.recipes.terms.part import Part, Start, Stream, check_weight, dataset_of, one_head
 from jtl.train.evaluate import make_predict
 from jtl.train.state import Context, Term
 
@@ -61,6 +61,7 @@ def replay(
     Reference: Chaudhry et al. 2019, arXiv:1902.10486; herding is algorithm 4 of Rebuffi et al.
     2017, arXiv:1611.07725.
     """
+    check_weight(weight, "replay")
     if choose not in CHOICES:
         raise ValueError(f"choose is {choose!r}; replay knows {list(CHOICES)}; give one of them")
     if start.first:

@@ -12,7 +12,7 @@ from jtl.penalties import delta as delta_formula
 from jtl.penalties import features as features_formula
 from jtl.recipes import probe
 from jtl.recipes.terms.outputs import answers, counted
-from jtl.recipes.terms.part import Part, Start, examples_of
+from jtl.recipes.terms.part import Part, Start, check_weight, examples_of
 from jtl.train.state import Context
 
 Formula = Callable[..., jax.Array]
@@ -37,6 +37,7 @@ def features(
 
     Reference: Romero et al. 2015, arXiv:1412.6550, equation 3.
     """
+    check_weight(weight, "features")
     if start.first:
         return None
 
@@ -80,6 +81,7 @@ def delta(
 
     Reference: Li et al. 2019, arXiv:1901.09229.
     """
+    check_weight(weight, "delta")
     if start.first:
         return None
     name, channels = f"delta_{at}", _features(start, at).shape[-1]

@@ -15,7 +15,7 @@ from jtl import masks
 from jtl.penalties import ewc as ewc_formula
 from jtl.penalties import fisher, l2sp
 from jtl.penalties import mas as mas_formula
-from jtl.recipes.terms.part import Part, Start, dataset_of, examples_of, one_head
+from jtl.recipes.terms.part import Part, Start, check_weight, dataset_of, examples_of, one_head
 from jtl.train.state import Context
 
 FORMS = ("separate", "online")
@@ -34,6 +34,7 @@ def l2_sp(start: Start, *, weight: float = 0.01) -> Part | None:
 
     Reference: Li, Grandvalet and Davoine 2018, arXiv:1802.01483, equation 3.
     """
+    check_weight(weight, "l2_sp")
     if start.first:
         return None
     mask = _covered(start)
@@ -85,6 +86,7 @@ def ewc(
     Reference: Kirkpatrick et al. 2017, arXiv:1612.00796, equation 3; Schwarz et al. 2018,
         arXiv:1805.06370, equation 9 (online).
     """
+    check_weight(weight, "ewc")
     _check_form(form, decay)
     if start.first:
         return None
@@ -154,6 +156,7 @@ def mas(
 
     Reference: Aljundi et al. 2018, arXiv:1711.09601, equation 4.
     """
+    check_weight(weight, "mas")
     _check_decay(decay)
     if start.first:
         return None
