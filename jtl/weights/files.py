@@ -50,6 +50,8 @@ class Checkpoint(NamedTuple):
         get: reads one tensor.
         config: the dict of `config.json`.
         folder: where it lies.
+        ignored: names in the file that were left out on purpose, by `layouts` or because they are
+            no weights.
     """
 
     layout: str
@@ -57,6 +59,7 @@ class Checkpoint(NamedTuple):
     get: Callable[[str], np.ndarray]
     config: dict[str, Any]
     folder: Path
+    ignored: tuple[str, ...] = ()
 
 
 def read(folder: str | Path) -> Checkpoint:
