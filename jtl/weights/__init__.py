@@ -1,6 +1,7 @@
 """Checkpoint files and trees: where they lie, how they are read, renamed, reported and written."""
 
-from jtl.weights.files import Checkpoint, read
+from jtl.weights.checkpoint import Checkpoint, Tensor
+from jtl.weights.files import read
 from jtl.weights.hub import locate
 from jtl.weights.layouts import joined, mapped, nested, renamed, split
 from jtl.weights.load import fill
@@ -13,6 +14,7 @@ __all__ = [
     "DEFAULT_RULES",
     "Checkpoint",
     "LoadReport",
+    "Tensor",
     "check",
     "counts",
     "fill",

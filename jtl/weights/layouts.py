@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from jtl.weights.files import Checkpoint, Tensor
+from jtl.weights.checkpoint import Checkpoint, Tensor
 
 Template = str | Callable[[re.Match[str]], str]
 _Entry = tuple[Tensor, Callable[[], np.ndarray]]

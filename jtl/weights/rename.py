@@ -1,8 +1,14 @@
 """Names and layouts: from a leaf of our trees to the tensor of a PyTorch checkpoint, and back.
 
 Rules go in one direction, from our path to the torch name. Loading asks where each of our leaves
-lies, export asks the same, so one table serves both. Kernels are stored `(in, out)` and
-`(height, width, in, out)` here, `(out, in)` and `(out, in, height, width)` there.
+lies, export asks the same, so one table serves both. Layouts of kernels:
+
+| layout | here | in PyTorch |
+|---|---|---|
+| "dense" | (in, out) | (out, in) |
+| "conv", of 1 to 3 dimensions | (height, width, in, out) | (out, in, height, width) |
+| "transposed_conv", also flipped | (height, width, in, out) | (in, out, height, width) |
+| "same" | | as it is |
 """
 
 import re
@@ -12,7 +18,7 @@ import numpy as np
 
 Rule = tuple[str, str, str]
 
-LAYOUTS = ("same", "dense", "conv")
+LAYOUTS = ("same", "dense", "conv", "transposed_conv")
 
 DEFAULT_RULES: tuple[Rule, ...] = (
     (r"(.*)/kernel", r"\1.weight", "dense"),
@@ -61,11 +67,21 @@ def normalise(name: str, aliases: Iterable[tuple[str, str]]) -> str:
 def to_ours(array: np.ndarray, layout: str) -> np.ndarray:
     """Return a torch tensor in our layout.
 
+    PyTorch's transposed convolution is the gradient of a convolution, `nn.ConvTranspose` (with
+    `transpose_kernel=False`) a convolution of the spread-out input: the kernel is flipped. Where
+    PyTorch has padding p, output padding q and kernel size k, the padding of Flax is
+    `(k - 1 - p, k - 1 - p + q)`.
+
     >>> to_ours(np.zeros((8, 3, 5, 7)), "conv").shape
     (5, 7, 3, 8)
+    >>> to_ours(np.arange(3.0).reshape(1, 1, 3), "transposed_conv").ravel().tolist()
+    [2.0, 1.0, 0.0]
     """
     axes = _axes(layout, array.ndim)
-    return array if axes is None else np.ascontiguousarray(array.transpose(axes))
+    if axes is None:
+        return array
+    ours = array.transpose(axes)
+    return np.ascontiguousarray(_flipped(ours) if layout == "transposed_conv" else ours)
 
 
 def to_torch(array: np.ndarray, layout: str) -> np.ndarray:
@@ -75,7 +91,10 @@ def to_torch(array: np.ndarray, layout: str) -> np.ndarray:
     (8, 3, 5, 7)
     """
     axes = _axes(layout, array.ndim)
-    return array if axes is None else np.ascontiguousarray(array.transpose(np.argsort(axes)))
+    if axes is None:
+        return array
+    array = _flipped(array) if layout == "transposed_conv" else array
+    return np.ascontiguousarray(array.transpose(np.argsort(axes)))
 
 
 def shape_to_ours(shape: Sequence[int], layout: str) -> tuple[int, ...] | None:
@@ -93,7 +112,11 @@ def shape_to_ours(shape: Sequence[int], layout: str) -> tuple[int, ...] | None:
 def _fits(layout: str, rank: int) -> bool:
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not known; there are {LAYOUTS}; correct the rule")
-    return {"same": True, "dense": rank == 2, "conv": rank > 2}[layout]
+    return {"same": True, "dense": rank == 2}.get(layout, rank > 2)
+
+
+def _flipped(kernel: np.ndarray) -> np.ndarray:
+    return np.flip(kernel, tuple(range(kernel.ndim - 2)))
 
 
 def _axes(layout: str, rank: int) -> tuple[int, ...] | None:
@@ -102,4 +125,5 @@ def _axes(layout: str, rank: int) -> tuple[int, ...] | None:
             f"layout {layout!r} is for kernels of rank {'2' if layout == 'dense' else '3 and more'}"
             f", this array has rank {rank}; give the leaf a rule with another layout"
         )
-    return None if layout == "same" else (*range(2, rank), 1, 0)
+    orders = {"same": None, "conv": (*range(2, rank), 1, 0), "dense": (1, 0)}
+    return orders.get(layout, (*range(2, rank), 0, 1))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jtl.weights.files import Checkpoint, Tensor
+from jtl.weights.checkpoint import Checkpoint, Tensor
 
 
 def from_tree(params: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Checkpoint:
