@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,10 +119,12 @@ class Dataset:
         parts = tuple(_all_rows(self, rows) if len(rows) else {} for rows in buckets)
         return dataclasses.replace(self, parts=parts, read=None, origin=None)
 
-    def only(self, *names: str) -> "Dataset":
-        """Return the dataset whose batches start at these derived columns: no raw input.
+    def only(self, *names: str, beside: Sequence[str] = ("attention_mask",)) -> "Dataset":
+        """Return the dataset whose batches start at these derived columns: no other raw input.
 
-        The attention mask stays where a column has an axis of positions.
+        Args:
+            names: of derived columns.
+            beside: raw columns that stay, if there, where a column has an axis of positions.
 
         Raises:
             ValueError: a name is not among the derived columns.
@@ -135,16 +137,19 @@ class Dataset:
             )
         return dataclasses.replace(
             self,
-            parts=tuple(without_raw(part, names) for part in self.parts),
+            parts=tuple(without_raw(part, names, beside) for part in self.parts),
             read=None,
             derived=tuple(names),
         )
 
 
-def without_raw(part: Mapping[str, Any], names: Any) -> dict[str, Any]:
-    """Return the named columns, with the attention mask if one of them has positions."""
-    masked = "attention_mask" in part and any(part[name].ndim >= 3 for name in names)
-    return {name: part[name] for name in (*names, *(["attention_mask"] if masked else []))}
+def without_raw(
+    part: Mapping[str, Any], names: Sequence[str], beside: Sequence[str] = ("attention_mask",)
+) -> dict[str, Any]:
+    """Return the named columns, with those of `beside` if one of them has positions."""
+    positions = any(part[name].ndim >= 3 for name in names)
+    kept = [name for name in beside if positions and name in part and name not in names]
+    return {name: part[name] for name in (*names, *kept)}
 
 
 def encode(

@@ -9,6 +9,11 @@ any block and each stage can run in training or evaluation mode by itself:
     module.top(hidden, batch, live)          -> {"tokens": (n, positions, dim), "pooled": (n, dim)}
     module(batch, live, stop)                = run_stages(module, batch, live, stop)
 
+`hidden` is one array, (n, positions, dim) or a map or a vector, so that it can be a column; a
+family with two streams (an encoder's output beside a decoder's) puts them into one by
+`layers.pack`. What blocks and top read beside it is named by `module.beside`, columns of the raw
+batch; where a module says nothing, that is the attention mask.
+
 `live` is a bool for one stage (dropout on, BatchNorm on batch statistics) and a frozenset of labels
 for the module. A border is a number of finished stages; the activations there are a column of the
 batch (`column`).
@@ -30,26 +35,55 @@ Rules = tuple[tuple[str, str], ...]
 UNUSED = "unused"
 
 
+class PretrainedHead(NamedTuple):
+    """A head that checkpoints of a family carry, and the class of transformers that has it.
+
+    Attributes:
+        class_name: of transformers.
+        module: our class of head.
+        make: `(config, backbone) -> head`, an instance of `module`.
+        rules: from the head's leaf paths to names in the checkpoint, before
+            `weights.rename.DEFAULT_RULES`.
+        pooling: of the backbone, that the class reads; None where the head reads tokens.
+        optional: leaf paths (regex) that a checkpoint may lack; they come fresh.
+    """
+
+    class_name: str
+    module: type
+    make: Callable[[Mapping[str, Any], "Backbone"], Any]
+    rules: tuple[tuple[str, str, str], ...]
+    pooling: str | None = None
+    optional: tuple[str, ...] = ()
+
+
 class Family(NamedTuple):
-    """What one file in `models/` declares about a model family.
+    """What a file in `models/families/` declares about a model family.
 
     Attributes:
         model_type: the `model_type` of `config.json`.
-        modality: "text" or "image", which decides the input spec.
+        modality: "text", "image", "audio" or "image_text", which decides the input spec.
         make: `(config, pooling, dtype) -> module`; `config` is the dict of `config.json`.
         groups: `(config, pooling) -> rules`, (regex, label) in order of depth over the backbone's
             own leaf paths.
         poolings: what `out["pooled"]` may be; the first one is the family's default.
         dim: `config -> width of out["pooled"]`.
         example: `config -> batch` of one row, small, for shapes only.
+        class_name: of the bare backbone in transformers, "" where it has none.
+        prefix: of the backbone's names inside transformers' classes with heads; None is
+            `model_type`, "" none.
+        heads: {kind: `PretrainedHead`}, kinds such as "masked_lm" and "classification".
+        table: path of the word embedding, which tied heads read, "" where there is none.
         rules: (our path regex, checkpoint name template, layout), tried before
             `weights.rename.DEFAULT_RULES`.
         aliases: (regex, replacement) that bring checkpoint names to one spelling.
         optional: leaf paths (regex) that a checkpoint may lack; they come fresh and are reported.
         ignored: checkpoint names (regex, after aliases) of no backbone leaf: buffers and heads.
-        classes: transformers' class names for export: "backbone" and the family's heads there.
-        heads: for each pretrained head kind ("masked_lm", "classification"), rules from our head's
-            paths to checkpoint names.
+        layout: `(checkpoint, config) -> checkpoint` that brings other published layouts (timm's,
+            the authors' own) to transformers' names, lazily; None where there is one layout only.
+        part: the field of a larger model's config that holds this family's ("vision_config"), ""
+            where it is the whole.
+        complete: `config -> config` with defaults, for a family that transformers does not have;
+            None has transformers' own config class fill them in.
     """
 
     model_type: str
@@ -59,12 +93,17 @@ class Family(NamedTuple):
     poolings: tuple[str, ...]
     dim: Callable[[Mapping[str, Any]], int]
     example: Callable[[Mapping[str, Any]], dict[str, jax.Array]]
+    class_name: str = ""
+    prefix: str | None = None
+    heads: Mapping[str, PretrainedHead] = {}
+    table: str = ""
     rules: tuple[tuple[str, str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
-    classes: Mapping[str, str] = {}
-    heads: Mapping[str, tuple[tuple[str, str, str], ...]] = {}
+    layout: Callable[[Any, Mapping[str, Any]], Any] | None = None
+    part: str = ""
+    complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 def stage_labels(blocks: int) -> tuple[str, ...]:
@@ -85,6 +124,11 @@ def column(border: int, blocks: int) -> str:
     if not 1 <= border <= blocks + 2:
         raise ValueError(f"border {border} is outside 1..{blocks + 2}, which {blocks} blocks have")
     return "pooled" if border == blocks + 2 else f"hidden_{border}"
+
+
+def beside(module: Any) -> tuple[str, ...]:
+    """Return the raw columns that blocks and top of a module read beside the hidden array."""
+    return getattr(module, "beside", ("attention_mask",))
 
 
 def given(batch: Batch, blocks: int) -> int:

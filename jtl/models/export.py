@@ -22,7 +22,8 @@ from flax.traverse_util import flatten_dict
 
 from jtl.models import heads as head_kinds
 from jtl.models.backbone import Backbone
-from jtl.models.load import EXTRA_CONFIG, load_backbone, load_head
+from jtl.models.load import EXTRA_CONFIG, load_backbone
+from jtl.models.load_head import load_head
 from jtl.models.model import Model, attach
 from jtl.weights.files import Checkpoint, read_config, read_json, read_safetensors
 from jtl.weights.load import fill
@@ -32,7 +33,11 @@ from jtl.weights.save import write
 
 _WEIGHTS, _HEADS = "model.safetensors", "head.safetensors"
 _FORMAT = 1
-_KINDS = {"Linear": head_kinds.Linear, "MaskedLM": head_kinds.MaskedLM}
+_KINDS = {
+    "CausalLM": head_kinds.CausalLM,
+    "Linear": head_kinds.Linear,
+    "MaskedLM": head_kinds.MaskedLM,
+}
 
 
 def export(
@@ -110,7 +115,7 @@ def read_labels(folder: str | Path) -> dict[str, tuple[str, ...]]:
 def _from_transformers(folder: Path, config: Mapping[str, Any]) -> Model:
     backbone = load_backbone(folder)
     stated = config.get("architectures") or [None]
-    classes = {backbone.family.classes.get(kind): kind for kind in backbone.family.heads}
+    classes = {row.class_name: kind for kind, row in backbone.family.heads.items()}
     if stated[0] not in classes:
         raise ValueError(
             f"{str(folder)!r} has no {EXTRA_CONFIG} and states the class {stated[0]!r}; heads are "
@@ -143,16 +148,13 @@ def _module(name: str, row: Mapping[str, Any]) -> Any:
 
 def _class_kind(backbone: Backbone, head: Any) -> str | None:
     """Return under which key of the family's `heads` transformers has this head, or None."""
-    if isinstance(head, head_kinds.MaskedLM):
-        kind = "masked_lm"
-    elif isinstance(head, head_kinds.Linear):
-        read_by_class = backbone.family.poolings[0]
+    for kind, row in backbone.family.heads.items():
         # A head's own pooling is over tokens, the class reads what the family calls pooled.
-        by_backbone = head.pooling is None and backbone.pooling == read_by_class
-        kind = "classification" if by_backbone else None
-    else:
-        kind = None
-    return kind if kind in backbone.family.heads else None
+        own = getattr(head, "pooling", None)
+        fits = row.pooling is None or (own is None and backbone.pooling == row.pooling)
+        if type(head) is row.module and fits:
+            return kind
+    return None
 
 
 def _transformers_head(model: Model) -> str | None:
@@ -188,13 +190,14 @@ def _config(
     config = {key: value for key, value in model.backbone.config.items() if key not in stale}
     family = model.backbone.family
     head = model.heads[chosen] if chosen else None
-    kind = _class_kind(model.backbone, head) or "backbone"
+    kind = _class_kind(model.backbone, head)
+    class_name = family.heads[kind].class_name if kind else family.class_name
     leaf = jax.tree.leaves(model.params["backbone"])[0]
-    config.update(architectures=[family.classes[kind]], dtype=str(leaf.dtype))
-    if kind == "masked_lm":
-        config["tie_word_embeddings"] = True
-    if kind == "classification":
-        outputs = model.heads[chosen].outputs if chosen else 0
+    config.update(architectures=[class_name], dtype=str(leaf.dtype))
+    if isinstance(head, head_kinds.MaskedLM | head_kinds.CausalLM) and kind:
+        config["tie_word_embeddings"] = head.tied
+    if isinstance(head, head_kinds.Linear) and kind:
+        outputs = head.outputs
         words = names[chosen or ""] or tuple(f"LABEL_{i}" for i in range(outputs))
         config["id2label"] = {str(i): word for i, word in enumerate(words)}
         config["label2id"] = {word: i for i, word in enumerate(words)}
@@ -226,7 +229,8 @@ def _fields(head: Any) -> dict[str, Any]:
 def _tensors(model: Model, chosen: str | None) -> dict[str, np.ndarray]:
     """Return the backbone's tensors, and the chosen head's, under the names of their class."""
     family = model.backbone.family
-    prefix = f"{family.model_type}." if chosen else ""
+    prefix = family.model_type if family.prefix is None else family.prefix
+    prefix = f"{prefix}." if chosen and prefix else ""
     tensors = _renamed(model.params["backbone"], family.rules, prefix)
     statistics = _renamed(model.stats.get("backbone", {}), family.rules, prefix)
     counters = {
@@ -237,7 +241,8 @@ def _tensors(model: Model, chosen: str | None) -> dict[str, np.ndarray]:
     head = {}
     if chosen:
         kind = _class_kind(model.backbone, model.heads[chosen])
-        head = _renamed(model.params["heads"][chosen], family.heads[str(kind)], "")
+        own = model.params["heads"].get(chosen, {})
+        head = _renamed(own, family.heads[str(kind)].rules, "")
     return {**tensors, **statistics, **counters, **head}
 
 

@@ -1,9 +1,8 @@
-"""From a folder, a hub id or a bare config to a `Backbone`; pretrained heads likewise."""
+"""From a folder, a hub id or a bare config to a `Backbone`."""
 
-import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jtl.models import families, foreign
 from jtl.models.backbone import UNUSED, Backbone, Family, Rules
-from jtl.models.families import FAMILIES, OWN
-from jtl.models.heads import Linear, MaskedLM
-from jtl.models.model import attach
+from jtl.models.inputs import load_inputs
 from jtl.weights.files import Checkpoint, read, read_json
 from jtl.weights.hub import locate
 from jtl.weights.load import fill
@@ -22,36 +20,19 @@ from jtl.weights.report import LoadReport, check
 
 EXTRA_CONFIG = "jtl.json"
 _POOLING_CONFIG = "1_Pooling/config.json"
-_INPUT_FILES = {
-    "text": ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model"),
-    "image": ("preprocessor_config.json", "processor_config.json"),
-}
 
-
-@dataclasses.dataclass(frozen=True)
-class MissingInputs:
-    """Stands for the preprocessing of a checkpoint that has none: its use is an error."""
-
-    modality: str
-    folder: str
-
-    def __call__(self, raw: Any) -> Any:
-        """Refuse: nobody knows what these weights were fed with."""
-        files = _INPUT_FILES[self.modality]
-        raise ValueError(
-            f"{self.folder!r} has no preprocessing for {self.modality} inputs: none of {files}; "
-            "put the files of the original checkpoint there, or make the batches by hand"
-        )
-
-    def save(self, folder: str | Path) -> None:
-        """Write nothing: there is nothing."""
+Place = Callable[[str, Any], jax.Array]
 
 
 def load_backbone(
     name: str | Path,
     *,
+    family: str | None = None,
+    config: Mapping[str, Any] | None = None,
     pooling: str | None = None,
     dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    place: Place | None = None,
     key: jax.Array | None = None,
     allow_fresh: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
@@ -59,10 +40,17 @@ def load_backbone(
     """Load a pretrained backbone with the inputs that it was trained on.
 
     Args:
-        name: a folder, `package:IMPORTNAME/path`, or a hub id.
+        name: a folder, a file of weights, `package:IMPORTNAME/path`, or a hub id.
+        family: a `model_type`; None takes what the config states. It chooses a part of a larger
+            checkpoint ("clip_vision_model"), or says what a file without a config is.
+        config: the config in place of `config.json`, for a checkpoint that has none.
         pooling: how `out["pooled"]` is made; None takes what the checkpoint states (jtl's and
             sentence-transformers' do), else the family's own.
-        dtype: of the computation; the weights are float32.
+        dtype: of the computation.
+        param_dtype: in which the weights are kept; training wants float32, "bfloat16" halves the
+            memory of what is held or only read.
+        place: `(path, array) -> jax array`, to put each leaf onto its devices as it is read; None
+            puts it on the default device.
         key: for weights that the checkpoint does not have; None is `jax.random.key(0)`.
         allow_fresh: regexes of leaves that the checkpoint may lack; they get initial values.
         allow_unexpected: regexes of checkpoint names that no leaf reads.
@@ -71,24 +59,21 @@ def load_backbone(
         ValueError: there is no such checkpoint, it is damaged, of a family that is not built here,
             or does not fit; `weights.check` says how the last can be excused.
     """
-    checkpoint = read(locate(str(name)))
-    family = _family(checkpoint.config.get("model_type"), f"{str(checkpoint.folder)!r}")
-    config = full_config(family.model_type, checkpoint.config)
-    pooling = _pooling(family, pooling or _stated_pooling(checkpoint.folder, family))
-    module, template = _skeleton(family, config, pooling, jnp.dtype(dtype))
-    trees, report = fill(template, checkpoint, rules=family.rules, aliases=family.aliases)
+    checkpoint, row, config = opened(name, family=family, config=config)
+    pooling = _pooling(row, pooling or _stated_pooling(checkpoint.folder, row))
+    module, template = _skeleton(row, config, pooling, jnp.dtype(dtype), jnp.dtype(param_dtype))
+    options = {} if place is None else {"place": place}
+    trees, report = fill(template, checkpoint, rules=row.rules, aliases=row.aliases, **options)
     check(
         report,
-        allow_fresh=(*family.optional, *allow_fresh),
-        allow_unexpected=(*family.ignored, *allow_unexpected),
+        allow_fresh=(*row.optional, *allow_fresh),
+        allow_unexpected=(*row.ignored, *allow_unexpected),
         source=f"the checkpoint {str(name)!r}",
     )
-    trees["params"], report = _without_unused(
-        trees["params"], report, family.groups(config, pooling)
-    )
-    trees = _complete(trees, module, family.example(config), key)
-    inputs = _load_inputs(family, checkpoint)
-    return _backbone(family, config, pooling, module, trees, inputs, str(name), report)
+    trees["params"], report = _without_unused(trees["params"], report, row.groups(config, pooling))
+    trees = _complete(trees, module, row.example(config), key)
+    inputs = load_inputs(checkpoint.folder, row.modality, config)
+    return _backbone(row, config, pooling, module, trees, inputs, str(name), report)
 
 
 def new_backbone(
@@ -103,7 +88,7 @@ def new_backbone(
     """Make a backbone with random weights, to train from scratch or to test with.
 
     Args:
-        family: a `model_type` of `FAMILIES` or `OWN`.
+        family: a `model_type` of `families.TABLE`.
         config: fields of the family's `config.json`; transformers' defaults stand for the others.
         key: for the weights.
         inputs: the preprocessing; None where batches are made by hand.
@@ -113,54 +98,54 @@ def new_backbone(
     Raises:
         ValueError: the family or the pooling is not known.
     """
-    row = _family(family, "the call of new_backbone")
-    config = full_config(family, config)
+    row = families.family(family, "the call of new_backbone")
+    config = full_config(row, config)
     pooling = _pooling(row, pooling)
-    module, template = _skeleton(row, config, pooling, jnp.dtype(dtype))
+    module, template = _skeleton(row, config, pooling, jnp.dtype(dtype), jnp.dtype(jnp.float32))
     trees = _complete(template, module, row.example(config), key)
     return _backbone(row, config, pooling, module, trees, inputs, "scratch", None)
 
 
-def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dict[str, Any]]:
-    """Return a pretrained head as `(module, params)`, to be attached to its backbone.
+def opened(
+    name: str | Path, *, family: str | None = None, config: Mapping[str, Any] | None = None
+) -> tuple[Checkpoint, Family, dict[str, Any]]:
+    """Return a checkpoint under its family's names, the family, and its whole config.
 
     Args:
-        name: the checkpoint, as for `load_backbone`.
-        backbone: what the head stands on.
-        kind: "masked_lm" or "classification": a key of the family's `heads`.
+        name: as for `load_backbone`.
+        family: as for `load_backbone`.
+        config: as for `load_backbone`.
 
     Raises:
-        ValueError: the checkpoint has no such head, or it reads another pooling.
+        ValueError: there is no such checkpoint, or no family reads it.
     """
-    family = backbone.family
-    if kind not in family.heads:
-        raise ValueError(
-            f"{family.model_type} has no pretrained head {kind!r}; it has {sorted(family.heads)}"
-        )
-    checkpoint = read(locate(str(name)))
-    module = _head(kind, full_config(family.model_type, checkpoint.config), backbone)
-    template = attach(backbone, {"head": module}, key=jax.random.key(0)).params["heads"]["head"]
-    trees, report = fill(
-        {"params": template}, checkpoint, rules=family.heads[kind], aliases=family.aliases
-    )
-    source = f"the {kind} head of the checkpoint {str(name)!r}"
-    check(report, allow_unexpected=(".*",), source=source)
-    return module, trees["params"]
+    options = {} if config is None else {"config": dict(config)}
+    checkpoint = read(locate(str(name)), **options)
+    stated = foreign.recognised(checkpoint.config) or checkpoint.config
+    source = f"{str(checkpoint.folder)!r}"
+    row = families.family(family or stated.get("model_type"), source)
+    if row.part and row.part in stated and stated.get("model_type") != row.model_type:
+        stated = stated[row.part]
+    whole = full_config(row, stated)
+    if row.layout is not None:
+        checkpoint = row.layout(checkpoint, whole)
+    return checkpoint, row, whole
 
 
-def full_config(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with transformers' defaults for the fields that it does not state.
+def full_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the defaults for the fields that it does not state.
 
-    A family that transformers does not have keeps the defaults in its own file.
+    They are transformers' own; a family that transformers does not have states them in its file.
 
-    >>> full_config("bert", {"hidden_size": 48})["layer_norm_eps"]
+    >>> full_config(families.family("bert"), {"hidden_size": 48})["layer_norm_eps"]
     1e-12
 
     Raises:
         ValueError: transformers refuses a field.
     """
-    if model_type in OWN:
-        return {"model_type": model_type, **config}
+    model_type = family.model_type
+    if family.complete is not None:
+        return {"model_type": model_type, **family.complete(config)}
     from transformers import AutoConfig
 
     own = {name: value for name, value in config.items() if name != "model_type"}
@@ -172,17 +157,7 @@ def full_config(model_type: str, config: Mapping[str, Any]) -> dict[str, Any]:
             f"transformers refuses this {model_type} config: {' '.join(str(error).split())}; the "
             f"config has {sorted(config)}; correct that field of config.json"
         ) from error
-    return {**json.loads(whole.to_json_string(use_diff=False)), **config}
-
-
-def _family(model_type: Any, source: str) -> Family:
-    known = {**FAMILIES, **OWN}
-    if model_type not in known:
-        raise ValueError(
-            f"{source} asks for model_type {model_type!r}; jtl has {sorted(known)}; "
-            "give a checkpoint of one of these"
-        )
-    return known[model_type]
+    return {**json.loads(whole.to_json_string(use_diff=False)), **config, "model_type": model_type}
 
 
 def _pooling(family: Family, pooling: str | None) -> str:
@@ -214,12 +189,18 @@ def _stated_pooling(folder: Path, family: Family) -> str | None:
 
 
 def _skeleton(
-    family: Family, config: Mapping[str, Any], pooling: str, dtype: Any
+    family: Family, config: Mapping[str, Any], pooling: str, dtype: Any, param_dtype: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Return the module and the shapes of its params and stats; nothing is computed."""
     module = family.make(config, pooling, dtype)
     shapes = jax.eval_shape(module.init, jax.random.key(0), family.example(config))
-    return module, {"params": shapes["params"], "stats": shapes.get("batch_stats", {})}
+
+    def kept(leaf: Any) -> Any:
+        floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, param_dtype if floats else leaf.dtype)
+
+    params = jax.tree.map(kept, shapes["params"])
+    return module, {"params": params, "stats": shapes.get("batch_stats", {})}
 
 
 def _without_unused(
@@ -238,7 +219,7 @@ def _complete(
     trees: dict[str, Any], module: Any, example: Mapping[str, Any], key: jax.Array | None
 ) -> dict[str, Any]:
     """Give the leaves that are shapes only their initial values."""
-    flat = {name: flatten_dict(tree) for name, tree in trees.items()}
+    flat: Any = {name: flatten_dict(tree) for name, tree in trees.items()}
     holes = [
         (collection, path)
         for collection, leaves in flat.items()
@@ -249,8 +230,11 @@ def _complete(
 
     @jax.jit  # only what is returned is computed: one fresh leaf does not cost a whole init
     def initial(key: jax.Array) -> list[Any]:
-        made = {name: flatten_dict(tree) for name, tree in module.init(key, example).items()}
-        return [made[linen[collection]][path] for collection, path in holes]
+        made: Any = {name: flatten_dict(tree) for name, tree in module.init(key, example).items()}
+        return [
+            made[linen[collection]][path].astype(flat[collection][path].dtype)
+            for collection, path in holes
+        ]
 
     if holes:
         values = initial(jax.random.key(0) if key is None else key)
@@ -282,33 +266,3 @@ def _backbone(
         source=source,
         report=report,
     )
-
-
-def _load_inputs(family: Family, checkpoint: Checkpoint) -> Any:
-    folder = checkpoint.folder
-    if not any((folder / name).is_file() for name in _INPUT_FILES[family.modality]):
-        return MissingInputs(family.modality, str(folder))
-    if family.modality == "text":
-        from jtl.data.text import load_text_inputs
-
-        return load_text_inputs(folder, checkpoint.config)
-    from jtl.data.images import load_image_inputs
-
-    return load_image_inputs(folder, checkpoint.config)
-
-
-def _head(kind: str, config: Mapping[str, Any], backbone: Backbone) -> Any:
-    if kind == "masked_lm":
-        return MaskedLM(
-            dim=backbone.dim,
-            vocabulary=config["vocab_size"],
-            activation=config["hidden_act"],
-            epsilon=config["layer_norm_eps"],
-        )
-    read_by_class = backbone.family.poolings[0]
-    if backbone.pooling != read_by_class:
-        raise ValueError(
-            f"{backbone.family.classes[kind]} reads pooling {read_by_class!r}; the backbone has "
-            f"{backbone.pooling!r}; load it with pooling={read_by_class!r}"
-        )
-    return Linear(outputs=len(config["id2label"]))

@@ -87,7 +87,10 @@ class Model:
         return out, stats
 
     def _table(self, params: Any) -> jax.Array:
-        return params["backbone"]["embeddings"]["word_embeddings"]["embedding"]
+        leaf = params["backbone"]
+        for name in self.backbone.family.table.split("/"):
+            leaf = leaf[name]
+        return leaf
 
     def border(self, live: frozenset[str]) -> int:
         """Return the highest border below which every stage is held and so constant.
@@ -178,6 +181,12 @@ def attach(backbone: Backbone, heads: Mapping[str, Any], *, key: jax.Array) -> M
     """
     stage_names = stages.stage_labels(backbone.module.blocks)
     taken = {*stage_names, stages.UNUSED, "tokens", "pooled", "table"} & set(heads)
+    untied = [name for name, head in heads.items() if head.tied and not backbone.family.table]
+    if untied:
+        raise ValueError(
+            f"the heads {untied} read the word embedding; {backbone.family.model_type} has none; "
+            "give heads that are not tied"
+        )
     if taken or not heads:
         raise ValueError(
             f"heads are named {sorted(heads)}; {sorted(taken)} are names of the backbone's own; "
@@ -192,7 +201,7 @@ def attach(backbone: Backbone, heads: Mapping[str, Any], *, key: jax.Array) -> M
     if any(head.tied for head in heads.values()):
         out["table"] = model._table(model.params)
     fresh = {
-        name: head.init(jax.random.fold_in(key, position), out, batch)["params"]
+        name: head.init(jax.random.fold_in(key, position), out, batch).get("params", {})
         for position, (name, head) in enumerate(heads.items())
     }
     return dataclasses.replace(model, params={"backbone": backbone.params, "heads": fresh})

@@ -11,7 +11,7 @@ import optax
 from jtl.data import Dataset
 from jtl.losses import bootstrap
 from jtl.models.heads import MaskedLM
-from jtl.models.load import load_head
+from jtl.models.load_head import load_head
 from jtl.recipes import masking
 from jtl.recipes.retain import PARTS, Before, Values, Watched, encoded
 from jtl.train.state import Apply

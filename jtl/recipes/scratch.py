@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from jtl import data
+from jtl.models import families
 from jtl.models.backbone import Backbone
-from jtl.models.families import FAMILIES, OWN
 from jtl.models.load import new_backbone
 from jtl.weights import hub
 
@@ -25,7 +25,7 @@ def scratch(
     """Return a new backbone that reads raw texts or images.
 
     Args:
-        family: a `model_type` of `FAMILIES`, or "mlp".
+        family: a `model_type` of `families.TABLE`.
         config: fields of the family's `config.json`; for images `image_size` is among them.
         pooling: how `out["pooled"]` is made; None is the family's own.
         tokenizer: folder or hub id whose tokenizer a text family reads with.
@@ -36,9 +36,7 @@ def scratch(
     Raises:
         ValueError: the family is not known, or nothing says what its inputs are.
     """
-    inputs = (
-        _inputs(family, config, tokenizer, mean, std) if family in {**FAMILIES, **OWN} else None
-    )
+    inputs = _inputs(family, config, tokenizer, mean, std)
     key = jax.random.key(seed)
     return new_backbone(family, config, key=key, inputs=inputs, pooling=pooling)
 
@@ -50,7 +48,7 @@ def _inputs(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Any:
-    if {**FAMILIES, **OWN}[family].modality == "text":
+    if families.family(family, "a new backbone").modality == "text":
         if tokenizer is None:
             raise ValueError(
                 f"a new {family} reads texts and no tokenizer is given; its config has "

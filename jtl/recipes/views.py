@@ -17,7 +17,7 @@ import numpy as np
 from jtl import data
 from jtl.data import fingerprint
 from jtl.data.dataset import without_raw
-from jtl.models.backbone import column, stage_labels
+from jtl.models.backbone import beside, column, stage_labels
 from jtl.models.model import Model
 from jtl.recipes.identity import computed
 
@@ -75,7 +75,7 @@ class View:
             return tuple(batches)
         columns = _columns(self.model, batches, [border])
         pairs = zip(batches, columns, strict=True)
-        return tuple(_started(self.dataset, batch, found, name) for batch, found in pairs)
+        return tuple(_started(self, batch, found, name) for batch, found in pairs)
 
     def account(self) -> dict[str, float]:
         """Return what the columns cost so far: "derive_seconds", "reused" and MiB in use."""
@@ -148,9 +148,10 @@ def shapes_together(views: Sequence[View], live: frozenset[str], size: int) -> t
     return tuple(data.mixed_shapes([view.dataset for view in views], found, size))
 
 
-def _started(dataset: data.Dataset, batch: Shapes, columns: Shapes, name: str) -> Shapes:
+def _started(view: View, batch: Shapes, columns: Shapes, name: str) -> Shapes:
     """Return the shapes of a batch that starts at a column, as `Dataset.only` leaves it."""
-    start = without_raw({**batch, **columns}, (name, *dataset.derived))
+    names, kept = (name, *view.dataset.derived), beside(view.model.backbone.module)
+    start = without_raw({**batch, **columns}, names, kept)
     return {**start, **{kept: batch[kept] for kept in ("label", "mask", "index")}}
 
 
@@ -174,7 +175,8 @@ def _fill(view: View, wanted: list[int], params: Any, stats: Any) -> None:
             ready |= dict.fromkeys(chosen, whole)
         chosen = chosen[:1] if whole is None and len(chosen) > 1 else []
     for k, whole in ready.items():
-        view.derived[k] = whole.only(names[k], *dataset.derived)
+        kept = beside(view.model.backbone.module)
+        view.derived[k] = whole.only(names[k], *dataset.derived, beside=kept)
     view.derived.setdefault(border, dataset)
 
 

@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jtl.models.backbone import stage_labels
-from jtl.models.bert import FAMILY, BertConfig, bert_config
+from jtl.models.families.bert import BERT as FAMILY
+from jtl.models.families.bert import BertConfig, bert_config
 from jtl.models.heads import Linear, MaskedLM
 from jtl.weights.files import read
 from jtl.weights.load import fill
@@ -424,7 +425,7 @@ def test_masked_lm_is_that_of_transformers(torch, tmp_path):
     out["table"] = params["embeddings"]["word_embeddings"]["embedding"]
     head = MaskedLM(dim=24, vocabulary=31)
     shapes = jax.eval_shape(head.init, jax.random.key(0), out, batch)["params"]
-    rules, aliases = FAMILY.heads["masked_lm"], FAMILY.aliases
+    rules, aliases = FAMILY.heads["masked_lm"].rules, FAMILY.aliases
     trees, report = fill({"params": shapes}, checkpoint, rules=rules, aliases=aliases)
     check(report, allow_unexpected=(".*",))
     logits = head.apply({"params": trees["params"]}, out, batch)
@@ -439,7 +440,7 @@ def test_classification_is_that_of_transformers(torch, tmp_path):
     out = module.apply({"params": params}, batch)
     head = Linear(5)
     shapes = jax.eval_shape(head.init, jax.random.key(0), out, batch)["params"]
-    rules = FAMILY.heads["classification"]
+    rules = FAMILY.heads["classification"].rules
     trees, report = fill({"params": shapes}, checkpoint, rules=rules, aliases=FAMILY.aliases)
     check(report, allow_unexpected=(".*",))
     logits = head.apply({"params": trees["params"]}, out, batch)

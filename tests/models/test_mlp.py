@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict
 from jtl.data.images import image_inputs
 from jtl.models import load
 from jtl.models.export import export, import_model
+from jtl.models.families.mlp import FAMILY, mlp_config
 from jtl.models.heads import Linear
-from jtl.models.mlp import FAMILY, mlp_config
 from jtl.models.model import attach
 
 CONFIG = {"image_size": [2, 3], "num_channels": 1, "hidden_sizes": [4, 5]}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jtl.models.norms import BatchNorm, batch_moments
+from jtl.models.layers.norms import BatchNorm, batch_moments
 
 
 def _variables(dim, mean=None, var=None):

@@ -10,8 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jtl.models.backbone import stage_labels
+from jtl.models.families.resnet import RESNET as FAMILY
+from jtl.models.families.resnet import places, resnet_config
 from jtl.models.heads import Linear
-from jtl.models.resnet import FAMILY, places, resnet_config
 from jtl.weights.files import read
 from jtl.weights.load import fill
 from jtl.weights.rename import normalise, to_ours, torch_name
@@ -460,7 +461,7 @@ def test_classification_is_that_of_transformers(torch, tmp_path):
     out = module.apply(variables, _batch())
     head = Linear(5)
     shapes = jax.eval_shape(head.init, jax.random.key(0), out, {})["params"]
-    rules = FAMILY.heads["classification"]
+    rules = FAMILY.heads["classification"].rules
     trees, report = fill({"params": shapes}, checkpoint, rules=rules, aliases=FAMILY.aliases)
     check(report, allow_unexpected=(".*",))
     logits = head.apply({"params": trees["params"]}, out, {})

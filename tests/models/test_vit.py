@@ -9,8 +9,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jtl.models.backbone import stage_labels
+from jtl.models.families.vit import VIT as FAMILY
+from jtl.models.families.vit import vit_config
 from jtl.models.heads import Linear
-from jtl.models.vit import FAMILY, vit_config
 from jtl.weights.files import read
 from jtl.weights.load import fill
 from jtl.weights.rename import normalise, to_ours, torch_name
@@ -444,7 +445,7 @@ def test_classification_is_that_of_transformers(torch, tmp_path):
     out = module.apply({"params": params}, _batch())
     head = Linear(5)
     shapes = jax.eval_shape(head.init, jax.random.key(0), out, {})["params"]
-    rules = FAMILY.heads["classification"]
+    rules = FAMILY.heads["classification"].rules
     trees, report = fill({"params": shapes}, checkpoint, rules=rules, aliases=FAMILY.aliases)
     check(report, allow_unexpected=(".*",))
     logits = head.apply({"params": trees["params"]}, out, {})

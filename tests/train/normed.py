@@ -6,7 +6,7 @@ import network
 import numpy as np
 import optax
 
-from jtl.models.norms import BatchNorm
+from jtl.models.layers.norms import BatchNorm
 from jtl.train.optimizer import phase_optimizer
 from jtl.train.state import create
 from jtl.train.step import make_step

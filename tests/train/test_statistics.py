@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jtl.models.heads import Linear
+from jtl.models.layers.norms import BatchNorm
 from jtl.models.model import attach
-from jtl.models.norms import BatchNorm
 from jtl.recipes.scratch import scratch
 from jtl.train.statistics import make_recompute, recompute
 from jtl.trees import names

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jtl import masks
-from jtl.models.norms import BatchNorm
+from jtl.models.layers.norms import BatchNorm
 from jtl.train.compile import compile_step
 from jtl.train.optimizer import phase_optimizer
 from jtl.train.state import create

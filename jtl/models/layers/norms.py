@@ -1,9 +1,11 @@
-"""Batch normalisation over the real rows of a batch, of all devices where asked, held where held.
+"""Normalisation: of layers, by the root mean square, and of batches over their real rows.
 
-Padding rows (False in `batch["mask"]`) do not count, so a padded last batch, and devices with
-unequal numbers of real rows, give the statistics that the real rows alone would give.
+In batch normalisation, padding rows (False in `batch["mask"]`) do not count, so a padded last
+batch, and devices with unequal numbers of real rows, give the statistics that the real rows alone
+would give.
 
-Reference: Ioffe and Szegedy 2015, arXiv:1502.03167.
+Reference: Ba et al. 2016, arXiv:1607.06450; Zhang and Sennrich 2019, arXiv:1910.07467; Ioffe and
+Szegedy 2015, arXiv:1502.03167.
 """
 
 from typing import Any
@@ -12,6 +14,41 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+
+def layer_norm(
+    epsilon: float, dtype: Any = jnp.float32, *, bias: bool = True, name: str | None = None
+) -> nn.LayerNorm:
+    """Return Linen's layer normalisation in two passes: params scale and bias, both float32.
+
+    E[x^2] - E[x]^2, which is Linen's default, loses digits where the mean is large beside the
+    deviation.
+    """
+    return nn.LayerNorm(
+        epsilon=epsilon, dtype=dtype, use_bias=bias, use_fast_variance=False, name=name
+    )
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the last axis, in float32; param scale.
+
+    Attributes:
+        epsilon: added to the mean square.
+        dtype: of the output.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+        """Return x normalised."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normal = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        lead = (1,) * (x.ndim - 1)
+        return (normal * scale.reshape(*lead, -1)).astype(self.dtype)
 
 
 def batch_moments(

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.layers import activation
-from jtl.models.norms import BatchNorm
-from jtl.models.pixels import pixels
+from jtl.models.heads.pretrained import classification
+from jtl.models.layers import BatchNorm, activation, pixels
 
 POOLINGS = ("mean",)
 LAYER_TYPES = ("basic", "bottleneck")
@@ -320,7 +319,7 @@ def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {"pixel_values": jnp.zeros((1, 32, 32, config["num_channels"]))}
 
 
-FAMILY = Family(
+RESNET = Family(
     model_type="resnet",
     modality="image",
     make=_make,
@@ -331,11 +330,8 @@ FAMILY = Family(
     rules=((r"(.*convolution)/kernel", r"\1.weight", "conv"),),
     aliases=((r"^resnet[.]", ""),),
     ignored=(r"(.*[.])?num_batches_tracked", r"classifier[.].*"),
-    classes={"backbone": "ResNetModel", "classification": "ResNetForImageClassification"},
+    class_name="ResNetModel",
     heads={
-        "classification": (
-            ("classifier/kernel", "classifier.1.weight", "dense"),
-            ("classifier/bias", "classifier.1.bias", "same"),
-        )
+        "classification": classification("ResNetForImageClassification", "mean", "classifier.1")
     },
 )

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import UNUSED, Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.layers import Dropout, SelfAttention, activation, flat_dot
+from jtl.models.heads.pretrained import classification, masked_lm
+from jtl.models.layers import Dropout, SelfAttention, activation, flat_dot, layer_norm
 
 POOLINGS = ("pooler", "cls", "mean")
 
@@ -85,10 +86,7 @@ def _dense(width: int, config: BertConfig, dtype: Any, name: str = "dense") -> n
 
 
 def _norm(config: BertConfig, dtype: Any) -> nn.LayerNorm:
-    # E[x^2] - E[x]^2 (flax's default) loses digits where the mean is large beside the deviation.
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name="LayerNorm"
-    )
+    return layer_norm(config.layer_norm_eps, dtype, name="LayerNorm")
 
 
 class _Embeddings(nn.Module):
@@ -307,12 +305,8 @@ _MASKED_LM = (
     ("LayerNorm/bias", "cls.predictions.transform.LayerNorm.bias", "same"),
     ("bias", "cls.predictions.bias", "same"),
 )
-_CLASSIFICATION = (
-    ("classifier/kernel", "classifier.weight", "dense"),
-    ("classifier/bias", "classifier.bias", "same"),
-)
 
-FAMILY = Family(
+BERT = Family(
     model_type="bert",
     modality="text",
     make=_make,
@@ -326,10 +320,10 @@ FAMILY = Family(
         r"embeddings[.](position_ids|token_type_ids)",
         r"(cls|classifier|qa_outputs|dropout)[./].*",
     ),
-    classes={
-        "backbone": "BertModel",
-        "masked_lm": "BertForMaskedLM",
-        "classification": "BertForSequenceClassification",
+    class_name="BertModel",
+    table="embeddings/word_embeddings/embedding",
+    heads={
+        "masked_lm": masked_lm("BertForMaskedLM", _MASKED_LM),
+        "classification": classification("BertForSequenceClassification", "pooler"),
     },
-    heads={"masked_lm": _MASKED_LM, "classification": _CLASSIFICATION},
 )

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jtl.models.backbone import Batch, Family, Out, Rules, run_stages
-from jtl.models.layers import Dropout, activation
-from jtl.models.pixels import pixels
+from jtl.models.layers import Dropout, activation, pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +125,11 @@ def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 FAMILY = Family(
     model_type="mlp",
+    complete=dict,
     modality="image",
     make=_make,
     groups=_groups,
     poolings=("pooled",),
     dim=lambda config: config["hidden_sizes"][-1],
     example=_example,
-    classes={"backbone": "MLP"},
 )

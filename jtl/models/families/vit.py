@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import UNUSED, Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.layers import Dropout, SelfAttention, activation, flat_dot
-from jtl.models.pixels import pixels
+from jtl.models.heads.pretrained import classification
+from jtl.models.layers import Dropout, SelfAttention, activation, flat_dot, layer_norm, pixels
 
 POOLINGS = ("cls", "mean", "pooler")
 
@@ -107,13 +107,6 @@ def _pair(value: Any, name: str) -> tuple[int, int]:
 def _dense(width: int, config: ViTConfig, dtype: Any, name: str = "dense") -> nn.Dense:
     init = nn.initializers.normal(config.initializer_range)
     return nn.Dense(width, dtype=dtype, kernel_init=init, dot_general=flat_dot, name=name)
-
-
-def _norm(config: ViTConfig, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    # E[x^2] - E[x]^2 (flax's default) loses digits where the mean is large beside the deviation.
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name
-    )
 
 
 class _Patches(nn.Module):
@@ -210,8 +203,8 @@ class _Layer(nn.Module):
         self.attention = _Attention(self.config, self.dtype)
         self.intermediate = _Intermediate(self.config, self.dtype)
         self.output = _Output(self.config, self.dtype)
-        self.layernorm_before = _norm(self.config, self.dtype)
-        self.layernorm_after = _norm(self.config, self.dtype)
+        self.layernorm_before = layer_norm(self.config.layer_norm_eps, self.dtype)
+        self.layernorm_after = layer_norm(self.config.layer_norm_eps, self.dtype)
         self.drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2))
 
     def __call__(self, hidden: jax.Array, live: bool) -> jax.Array:
@@ -278,7 +271,7 @@ class ViT(nn.Module):
         """Declare the modules of the three kinds of stages."""
         self.embeddings = _Embeddings(self.config, self.dtype)
         self.encoder = _Encoder(self.config, self.dtype)
-        self.layernorm = _norm(self.config, self.dtype)
+        self.layernorm = layer_norm(self.config.layer_norm_eps, self.dtype)
         self.pooler = _Pooler(self.config, self.dtype)
 
     @property
@@ -348,7 +341,7 @@ _ALIASES = (
     (r"[.]mlp[.]fc2[.]", ".output.dense."),
 )
 
-FAMILY = Family(
+VIT = Family(
     model_type="vit",
     modality="image",
     make=_make,
@@ -360,11 +353,6 @@ FAMILY = Family(
     aliases=_ALIASES,
     optional=("pooler/.*",),
     ignored=(r"embeddings[.]mask_token", r"(classifier|decoder)[.].*"),
-    classes={"backbone": "ViTModel", "classification": "ViTForImageClassification"},
-    heads={
-        "classification": (
-            ("classifier/kernel", "classifier.weight", "dense"),
-            ("classifier/bias", "classifier.bias", "same"),
-        )
-    },
+    class_name="ViTModel",
+    heads={"classification": classification("ViTForImageClassification", "cls")},
 )

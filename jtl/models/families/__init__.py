@@ -1,0 +1,52 @@
+"""The table of model families: from a `model_type` to the file that has it.
+
+A family is a file in this folder and a row here for each `model_type` that it reads. Files are
+imported when one of their rows is asked for.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from jtl import near
+from jtl.models.backbone import Family
+
+# {model_type: "file:NAME of its Family"}
+TABLE: dict[str, str] = {
+    "bert": "bert:BERT",
+    "mlp": "mlp:FAMILY",
+    "resnet": "resnet:RESNET",
+    "vit": "vit:VIT",
+}
+
+
+def family(model_type: Any, source: str = "the config") -> Family:
+    """Return the family of a `model_type`.
+
+    Args:
+        model_type: of a `config.json`.
+        source: how to name what asks for it in the error.
+
+    Raises:
+        ValueError: jtl has no such family.
+
+    >>> family("bert").class_name
+    'BertModel'
+    """
+    if model_type not in TABLE:
+        raise ValueError(
+            f"{source} asks for model_type {model_type!r}; jtl has {sorted(TABLE)}; "
+            f"give a checkpoint of one of these{near.nearest(str(model_type), TABLE)}"
+        )
+    file, name = TABLE[model_type].split(":")
+    return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+
+
+def parts(model_type: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the families that read a part of this checkpoint, such as CLIP's image tower."""
+    rows = (family(name) for name in TABLE if name != model_type)
+    return tuple(
+        row.model_type
+        for row in rows
+        if row.part and config.get(row.part, {}).get("model_type") == row.model_type
+    )

@@ -1,0 +1,12 @@
+"""Heads: what turns the features of a backbone into the outputs of a task.
+
+A head is a Linen module called as `head(out, batch, live)`, with two fields that say what it reads:
+`needs` is "pooled" or "tokens" (all that the top gives), `tied` is True where it also reads
+`out["table"]`, the word embedding of the backbone (vocabulary, dim).
+"""
+
+from jtl.models.heads.language import CausalLM, MaskedLM
+from jtl.models.heads.linear import Linear
+from jtl.models.heads.pooling import POOLINGS, pool
+
+__all__ = ["POOLINGS", "CausalLM", "Linear", "MaskedLM", "pool"]

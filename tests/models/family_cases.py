@@ -1,0 +1,79 @@
+"""A tiny config of every family in the table, and batches for it: what contract tests run on."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtl.models.load import new_backbone
+
+ROWS = 3
+_TEXT = dict(
+    vocab_size=31,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=16,
+    initializer_range=0.3,
+)
+_PATCHES = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    image_size=8,
+    patch_size=4,
+    initializer_range=0.3,
+)
+
+
+class Case(NamedTuple):
+    """A family's tiny config.
+
+    Attributes:
+        config: fields of its `config.json`; every dropout as the family has it.
+        batch: `(config, rng) -> batch` of ROWS rows; None draws one after the family's example.
+    """
+
+    config: Mapping[str, Any]
+    batch: Callable[[Mapping[str, Any], np.random.Generator], dict[str, Any]] | None = None
+
+
+# {model_type: case}, in the order of the alphabet.
+CASES: dict[str, Case] = {
+    "bert": Case(_TEXT),
+    "mlp": Case(dict(image_size=6, hidden_sizes=[16, 16, 8])),
+    "resnet": Case(dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
+    "vit": Case(_PATCHES),
+}
+
+
+@functools.cache
+def backbone(model_type: str, pooling: str | None = None) -> Any:
+    """A backbone of random weights of the family's tiny config."""
+    config = CASES[model_type].config
+    return new_backbone(model_type, config, key=jax.random.key(0), pooling=pooling)
+
+
+def batch_of(made: Any, seed: int = 0) -> dict[str, jax.Array]:
+    """ROWS random rows for a backbone; the first row is padded where there is an attention mask."""
+    rng = np.random.default_rng(seed)
+    own = CASES[made.family.model_type].batch
+    if own is not None:
+        return {name: jnp.asarray(value) for name, value in own(made.config, rng).items()}
+    batch = {}
+    for name, example in made.family.example(made.config).items():
+        shape = (ROWS, *example.shape[1:])
+        if name.endswith("attention_mask"):
+            batch[name] = jnp.ones(shape, jnp.int32).at[0, -1].set(0)
+        elif name == "token_type_ids":
+            batch[name] = jnp.zeros(shape, jnp.int32)
+        elif jnp.issubdtype(example.dtype, jnp.integer):
+            batch[name] = jnp.asarray(rng.integers(3, 31, shape), jnp.int32)
+        else:
+            batch[name] = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return batch
