@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import sys
 import tarfile
 import threading
 import zipfile
@@ -112,6 +113,13 @@ def test_a_file_that_the_index_does_not_have(index, monkeypatch):
 def test_an_index_that_does_not_answer_says_what_to_do(index, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1")
     with pytest.raises(ValueError, match="cannot be fetched .* set PIP_INDEX_URL"):
+        assets.fetch("numbers")
+
+
+def test_no_index_is_known_without_pip(index, monkeypatch):
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setitem(sys.modules, "pip._internal.models.index", None)
+    with pytest.raises(ValueError, match="no package index is known: .* set PIP_INDEX_URL to"):
         assets.fetch("numbers")
 
 

@@ -91,6 +91,7 @@ def test_tensors_are_written_one_by_one(tmp_path):
     tensors.write(tmp_path / "model.safetensors", names, arrays.__getitem__)
     found, get = read_safetensors(tmp_path / "model.safetensors")
     assert found == names
+    assert (tmp_path / "model.safetensors").read_bytes()[0] % 8 == 0  # so that data are aligned
     for name, array in arrays.items():
         np.testing.assert_array_equal(get(name), array)
 

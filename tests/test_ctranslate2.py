@@ -141,7 +141,8 @@ def test_whisper_is_renamed_and_its_joined_projections_are_split(folders):
     assert f"{inside}.k_proj.bias" not in names
     scale = get("model.decoder.layers.0.final_layer_norm.weight")
     np.testing.assert_array_equal(scale, arrays["decoder/layer_0/ffn/layer_norm/gamma"])
-    assert {dtype.name for _, dtype in names.values()} == {"float16"}
+    assert names["model.encoder.layers.0.fc1.weight"] == Tensor((8, DIM), np.dtype(np.float16))
+    assert names["model.encoder.layers.0.fc2.weight"] == Tensor((DIM, 8), np.dtype(np.float16))
 
 
 def test_the_config_of_whisper_follows_from_the_arrays(folders):

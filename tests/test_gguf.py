@@ -11,7 +11,19 @@ from jtl.data.text import load_text_inputs
 from jtl.weights.files import read, read_safetensors
 
 HIDDEN, HEADS = 32, 2
-WORDS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "Ġ", "1", "2", "ab", "<user>")
+WORDS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "a",
+    "b",
+    "Ġ",
+    "1",
+    "2",
+    "ab",
+    "<user>",
+    "12",
+)
 
 
 @pytest.fixture
@@ -43,8 +55,8 @@ def _write_gguf(folder, *, extra=None, split="smollm", architecture="llama"):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
     writer.add_token_list(WORDS)
-    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1, 4])
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([3, 3, 3, 1, 1, 1, 1, 1, 1, 4, 1])
+    writer.add_token_merges(["a b", "1 2"])
     for number, end in enumerate(("unk", "bos", "eos", "pad")):
         getattr(writer, f"add_{end}_token_id")((0, 1, 2, 2)[number])
     rows = np.array([_blocks(0.0, row, [0] * 32) for row in range(HIDDEN)], np.uint8)
@@ -94,7 +106,7 @@ def test_the_config_and_the_tokenizer_of_a_gguf_file(folders):
     _write_gguf(folders[0])
     llama_gguf.convert(*folders)
     config = read(folders[1]).config
-    wanted = {"rms_norm_eps": 1e-5, "rope_theta": 1000.0, "head_dim": 16, "vocab_size": 10}
+    wanted = {"rms_norm_eps": 1e-5, "rope_theta": 1000.0, "head_dim": 16, "vocab_size": 11}
     wanted |= {"num_key_value_heads": 1, "tie_word_embeddings": True, "pad_token_id": 2}
     assert {name: config[name] for name in wanted} == wanted
     inputs = load_text_inputs(folders[1], config)
@@ -122,17 +134,19 @@ def test_another_gguf_file_is_refused(folders, options, message):
 def test_a_llama_of_gguf_is_what_transformers_makes_of_it(folders):
     import torch
     from transformers import LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     _write_gguf(folders[0], extra={"output": (len(WORDS), 32)})
     llama_gguf.convert(*folders)
-    peer = LlamaForCausalLM.from_pretrained(
-        folders[0], gguf_file=llama_gguf.SOURCE, dtype=torch.float32
-    )
     ours, loaded = LlamaForCausalLM.from_pretrained(
         folders[1], dtype=torch.float32, output_loading_info=True
     )
     assert not loaded["missing_keys"]
     assert not loaded["unexpected_keys"]
-    for name, value in peer.state_dict().items():
+    peer = load_gguf_checkpoint(
+        str(folders[0] / llama_gguf.SOURCE), return_tensors=True, model_to_load=ours
+    )
+    assert peer["tensors"].keys() == ours.state_dict().keys()
+    for name, value in peer["tensors"].items():
         assert torch.equal(ours.state_dict()[name], value), name
-    assert ours.config.rms_norm_eps == pytest.approx(peer.config.rms_norm_eps)
+    assert ours.config.rms_norm_eps == pytest.approx(peer["config"]["rms_norm_eps"])

@@ -124,6 +124,11 @@ def _unreachable(archive: Archive, error: Exception) -> ValueError:
 
 
 def _pip_index() -> str:
-    from pip._internal.models.index import PyPI
-
+    try:
+        from pip._internal.models.index import PyPI
+    except ImportError as error:
+        raise ValueError(
+            "no package index is known: pip is not installed and PIP_INDEX_URL is not set; set "
+            "PIP_INDEX_URL to the address of one"
+        ) from error
     return PyPI.simple_url
