@@ -23,7 +23,7 @@ NAMES = (
 # Where none is there, the only file with one of these endings.
 _ENDINGS = (".safetensors", ".msgpack", ".npz", ".pt", ".pth", ".ckpt", ".bin")
 _NO_WEIGHTS = re.compile(
-    r"(training_args|optimizer|scheduler|scaler|rng_state.*|heads|.*-\d+-of-\d+)\.\w+"
+    r"(training_args|optimizer|scheduler|scaler|rng_state.*|heads?|.*-\d+-of-\d+)\.\w+"
 )
 
 

@@ -132,7 +132,9 @@ def _fault(checkpoint: Checkpoint, name: str, leaf: Any, layout: str) -> str:
 def _placed(
     checkpoint: Checkpoint, name: str, path: str, leaf: Any, layout: str, place: Place | None
 ) -> jax.Array:
-    array = to_ours(checkpoint.get(name), layout if checkpoint.layout == "torch" else "same")
+    array = checkpoint.get(name)
+    if checkpoint.layout == "torch":
+        array = to_ours(array, layout)
     if place is None:
         placed = jnp.asarray(array, dtype=leaf.dtype)
     else:

@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -101,7 +101,7 @@ def _check(places: Mapping[str, _Place], end: int) -> None:
             raise ValueError(f"{name!r} of shape {shape} and {dtype} lies at {pieces}")
 
 
-def _value(file: BinaryIO) -> Any:
+def _value(file: io.BufferedIOBase) -> Any:
     """Return the next object: dicts, lists, scalars, and `_Place` for an array."""
     code = _number(file, 1)
     if code < 0x80 or code >= 0xE0:
@@ -120,14 +120,14 @@ def _value(file: BinaryIO) -> Any:
 
 
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
-_KINDS: tuple[tuple[int, int, Callable[[BinaryIO, int], Any]], ...] = (
+_KINDS: tuple[tuple[int, int, Callable[[io.BufferedIOBase, int], Any]], ...] = (
     (0xC4, 3, lambda file, size: _skip(file, size)),
     (0xC7, 3, lambda file, size: _extension(file, size)),
     (0xD9, 3, lambda file, size: _bytes(file, size).decode()),
 )
 
 
-def _long(file: BinaryIO, code: int) -> Any:
+def _long(file: io.BufferedIOBase, code: int) -> Any:
     """Return the object behind a code that is followed by its length or its number."""
     for first, widths, make in _KINDS:  # lengths of 1, 2 and 4 bytes
         if first <= code < first + widths:
@@ -146,18 +146,18 @@ def _long(file: BinaryIO, code: int) -> Any:
     raise ValueError(f"byte {file.tell() - 1} is {code:#x}, which begins no object")
 
 
-def _map(file: BinaryIO, count: int) -> dict[Any, Any]:
+def _map(file: io.BufferedIOBase, count: int) -> dict[Any, Any]:
     return {_value(file): _value(file) for _ in range(count)}
 
 
-def _skip(file: BinaryIO, size: int) -> tuple[int, int]:
+def _skip(file: io.BufferedIOBase, size: int) -> tuple[int, int]:
     """Return where bytes lie, and pass over them."""
     start = file.tell()
     file.seek(size, io.SEEK_CUR)
     return start, size
 
 
-def _extension(file: BinaryIO, size: int) -> Any:
+def _extension(file: io.BufferedIOBase, size: int) -> Any:
     kind, end = _number(file, 1), file.tell() + size
     if kind not in (_NDARRAY, _SCALAR):
         raise ValueError(f"an object of type {kind} at byte {file.tell()}, which is no array")
@@ -168,7 +168,7 @@ def _extension(file: BinaryIO, size: int) -> Any:
     return _Place(tuple(shape), _DTYPES.get(name) or np.dtype(name), (piece,))
 
 
-def _text(file: BinaryIO, place: tuple[int, int]) -> str:
+def _text(file: io.BufferedIOBase, place: tuple[int, int]) -> str:
     here = file.tell()
     file.seek(place[0])
     text = _bytes(file, place[1]).decode()
@@ -176,11 +176,11 @@ def _text(file: BinaryIO, place: tuple[int, int]) -> str:
     return text
 
 
-def _number(file: BinaryIO, size: int) -> int:
+def _number(file: io.BufferedIOBase, size: int) -> int:
     return int.from_bytes(_bytes(file, size), "big")
 
 
-def _bytes(file: BinaryIO, size: int) -> bytes:
+def _bytes(file: io.BufferedIOBase, size: int) -> bytes:
     raw = file.read(size)
     if len(raw) != size:
         raise ValueError(f"{size} bytes are wanted and {len(raw)} are left")

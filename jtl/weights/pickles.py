@@ -11,7 +11,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -116,7 +116,7 @@ def _open_zip(path: Path) -> _File:
     return _File(value, places, order.strip() == b"big")
 
 
-def _place_in_zip(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:
+def _place_in_zip(file: io.BufferedIOBase, entry: zipfile.ZipInfo, size: int) -> int:
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size < size:
         raise ValueError(f"{entry.filename} is compressed or shorter than its {size} bytes")
     file.seek(entry.header_offset + 26)  # the local header's own lengths: PyTorch pads in them
@@ -124,7 +124,7 @@ def _place_in_zip(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:
     return entry.header_offset + 30 + name + extra
 
 
-def _open_legacy(path: Path, file: BinaryIO) -> _File:
+def _open_legacy(path: Path, file: io.BufferedIOBase) -> _File:
     magic, _ = unpickle(file, path)
     if magic != _MAGIC:
         raise ValueError("it begins with neither a zip nor PyTorch's magic number")
@@ -231,4 +231,6 @@ def _tensor(path: Path, stored: Stored, file: _File) -> np.ndarray:
     if file.swapped:
         flat = flat.byteswap()
     steps = [step * dtype.itemsize for step in strides]
-    return np.asarray(np.lib.stride_tricks.as_strided(flat, shape, steps), order="C")
+    # Of bytes, since numpy takes no buffer of bfloat16 or float8.
+    view = np.ndarray(shape, dtype, buffer=flat.view(np.uint8), strides=steps)
+    return np.asarray(view, order="C")

@@ -5,11 +5,12 @@ and nothing else, and none of that imports, opens or runs anything.
 """
 
 import collections
+import io
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -74,7 +75,7 @@ class Stored(NamedTuple):
     dtype: np.dtype
 
 
-def unpickle(file: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
+def unpickle(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[str, int]]:
     """Return the next object in the file and the size in bytes of each storage it refers to."""
     storages: dict[str, int] = {}
     allowed = _allowed()
@@ -83,6 +84,7 @@ def unpickle(file: BinaryIO, path: Path) -> tuple[Any, dict[str, int]]:
         """The unpickler; `find_class` is the only way from a name to an object."""
 
         def find_class(self, module: str, name: str) -> Any:
+            module = "builtins" if module == "__builtin__" else module  # its name in Python 2
             found = allowed.get(f"{module}.{name}")
             if found is None and module in ("torch", "torch.cuda", "torch.storage"):
                 found = _STORAGES.get(name)
@@ -128,11 +130,15 @@ def _allowed() -> dict[str, Any]:
         "torch._utils._rebuild_tensor_v3": lambda *a: _rebuild_tensor(
             *a[:4], dtype=a[6], metadata=a[7:]
         ),
+        "torch._tensor._rebuild_from_type_v2": lambda make, kind, inputs, state: make(*inputs),
+        "torch.Tensor": "Tensor",
+        "torch.nn.parameter.Parameter": "Parameter",
+        "torch.nn.parameter.Buffer": "Buffer",
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
         "torch.Size": lambda sizes=(): tuple(sizes),
         "torch.device": lambda *place: ":".join(map(str, place)),
-        "torch.torch_version.TorchVersion": lambda text: str(text),
+        "torch.torch_version.TorchVersion": _Text,
         "torch.serialization._get_layout": lambda name: str(name),
         **{f"torch.{name}": name for name in _DTYPES},
         **numpy,
@@ -157,6 +163,13 @@ class _Namespace(dict):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.update(state)
+
+
+class _Text(str):
+    """A kind of text, such as a version, as text."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Leave its attributes out."""
 
 
 class _Dtype:

@@ -115,6 +115,16 @@ def test_a_truncated_safetensors_file_is_an_error(tmp_path, keep):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3"])
+def test_floats_that_share_a_byte_are_refused(tmp_path, dtype):
+    _folder(tmp_path)
+    head = json.dumps({"x": {"dtype": dtype, "shape": [4], "data_offsets": [0, 2]}}).encode()
+    raw = len(head).to_bytes(8, "little") + head + b"12"
+    (tmp_path / "model.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match=f"is quantized: 'x' has the dtype {dtype}.*give the"):
+        read(tmp_path)
+
+
 def test_a_header_that_lies_is_an_error(tmp_path):
     file = _folder(tmp_path, {"w": np.zeros((8, 8), np.float32)}) / "model.safetensors"
     whole = file.read_bytes()
@@ -170,3 +180,75 @@ def test_a_missing_file_is_named_with_what_lies_beside_it(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"head.safetensors' is missing; .*config.json"):
         read_safetensors(tmp_path / "head.safetensors")
+
+
+def _all_forms(path):
+    """Write one tensor in every form, each with a value of its own."""
+    forms = {"open_clip_model.safetensors": 1, "model.safetensors": 2}
+    for file, value in forms.items():
+        save_file({"w": np.full(2, value, np.float32)}, path / file)
+    (path / "flax_model.msgpack").write_bytes(msgpack_serialize({"w": np.full(2, 3.0)}))
+    np.savez(path / "loose.npz", w=np.full(2, 4.0))
+    return path
+
+
+def test_the_form_that_is_read_first(tmp_path):
+    folder = _all_forms(_folder(tmp_path))
+    for file, layout, value in (
+        ("model.safetensors", "torch", 2),
+        ("open_clip_model.safetensors", "torch", 1),
+        ("flax_model.msgpack", "flax", 3),
+        ("loose.npz", "numpy", 4),
+    ):
+        for checkpoint in (read(folder), read(folder, file=file)):
+            assert (checkpoint.layout, checkpoint.get("w")[0]) == (layout, value)
+        (folder / file).unlink()
+
+
+def test_several_loose_files_are_told_apart_by_name(tmp_path):
+    for name in "ab":
+        np.savez(_folder(tmp_path) / f"{name}.npz", w=np.full(1, ord(name)))
+    with pytest.raises(ValueError, match=r"holds \['a.npz', 'b.npz', 'config.*; name .*file="):
+        read(tmp_path)
+    assert read(tmp_path, file="b.npz").get("w") == 98
+    with pytest.raises(ValueError, match="c.npz' is cut off or no archive"):
+        read(tmp_path, file="c.npz")
+
+
+def test_files_of_a_training_run_are_no_weights(tmp_path):
+    for name in ("optimizer.pt", "training_args.bin", "rng_state_0.pth", "head.safetensors"):
+        (_folder(tmp_path) / name).write_bytes(b"x")
+    np.savez(tmp_path / "mine.npz", w=np.ones(1))
+    assert list(read(tmp_path).names) == ["w"]
+
+
+def test_a_single_file_has_the_config_beside_it_or_the_one_given(tmp_path):
+    folder = _all_forms(_folder(tmp_path, config={"size": 3}))
+    checkpoint = read(folder / "loose.npz")
+    assert checkpoint.folder == folder and checkpoint.config == {"model_type": "bert", "size": 3}
+    assert read(folder / "model.safetensors", config={"a": 1}).config == {"a": 1}
+    (folder / "config.json").unlink()
+    assert read(folder / "model.safetensors").config == {}
+
+
+def test_a_config_that_is_given_stands_over_the_folders_or_for_it(tmp_path):
+    _all_forms(_folder(tmp_path, config={"size": 3}))
+    assert read(tmp_path, config={"size": 4}).config == {"model_type": "bert", "size": 4}
+    (tmp_path / "config.json").unlink()
+    assert read(tmp_path, config={"size": 4}).config == {"size": 4}
+    with pytest.raises(ValueError, match="no config.json.*as config="):
+        read(tmp_path)
+
+
+def test_open_clips_weights_have_open_clips_config(tmp_path):
+    _all_forms(_folder(tmp_path))
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 8}}')
+    assert read(tmp_path).config == {"model_type": "bert"}
+    (tmp_path / "model.safetensors").unlink()
+    assert read(tmp_path).config == {"model_cfg": {"embed_dim": 8}}
+    assert read(tmp_path / "open_clip_model.safetensors").config["model_cfg"]["embed_dim"] == 8
+
+
+def test_a_key_is_for_pickles(tmp_path):
+    with pytest.raises(ValueError, match="key='model' names the entry of a pickle; 'model.safe"):
+        read(_all_forms(_folder(tmp_path)), key="model")

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jtl.weights import Checkpoint, LoadReport, check, counts, fill, text
+from jtl.weights import Checkpoint, LoadReport, check, counts, fill, from_tree, text
 from jtl.weights.files import Tensor
 
 
@@ -126,3 +126,53 @@ def test_the_text_cuts_long_lists():
         "1 loaded, 9 fresh, 0 unexpected, 0 of wrong shape",
         "  fresh: f0, f1 and 7 more",
     ]
+
+
+def test_leaves_are_placed_as_the_caller_says_in_our_layout_and_dtype():
+    seen = {}
+
+    def place(path, array):
+        seen[path] = (type(array), array.dtype, array.shape)
+        return jnp.asarray(array) + 1
+
+    tensors = {**_tensors(), "norm.weight": np.array([0, 1, 2], np.float16)}
+    trees, report = fill(TEMPLATE, _checkpoint(tensors), place=place)
+    assert len(report.loaded) == 4
+    assert seen["a/kernel"] == (np.ndarray, np.float32, (2, 3))
+    assert {row[:2] for row in seen.values()} == {(np.ndarray, np.dtype(np.float32))}
+    np.testing.assert_array_equal(trees["params"]["norm"]["scale"], [1, 2, 3])
+
+
+def test_what_does_not_fit_is_neither_read_nor_placed():
+    def refuse(*arguments):
+        raise AssertionError(arguments)
+
+    checkpoint = _checkpoint({"a.weight": np.zeros((9, 9), np.float32)})._replace(get=refuse)
+    _, report = fill(TEMPLATE, checkpoint, place=refuse)
+    assert len(report.wrong_shape) == 1 and len(report.fresh) == 3
+
+
+def test_a_leaf_goes_straight_onto_its_shards():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    kernel = np.arange(64, dtype=np.float32).reshape(4, 16)
+    template = {"params": {"a": {"kernel": _leaf(16, 4)}}}
+    trees, _ = fill(
+        template,
+        _checkpoint({"a.weight": kernel}),
+        place=lambda path, array: jax.device_put(array, sharding),
+    )
+    placed = trees["params"]["a"]["kernel"]
+    np.testing.assert_array_equal(placed, kernel.T)
+    assert placed.sharding == sharding
+    assert [shard.data.nbytes for shard in placed.addressable_shards] == [kernel.nbytes // 8] * 8
+
+
+def test_a_leaf_that_is_on_the_device_is_taken_as_it_is():
+    leaf = jnp.ones(3)
+    checkpoint = from_tree({"norm": {"scale": leaf}})
+    trees, _ = fill({"params": {"norm": {"scale": _leaf(3)}}}, checkpoint)
+    assert trees["params"]["norm"]["scale"] is leaf
+    wide = {"params": {"norm": {"scale": _leaf(3, dtype=jnp.bfloat16)}}}
+    assert fill(wide, checkpoint)[0]["params"]["norm"]["scale"].dtype == jnp.bfloat16

@@ -122,3 +122,72 @@ def test_shards_are_taken_with_their_index():
     files = ["config.json", index, *shards, "onnx/model.safetensors", "1_Pooling/config.json"]
     assert set(wanted_files(files)) == {"config.json", index, "1_Pooling/config.json", *shards}
     assert wanted_files(["flax_model.msgpack", "x.msgpack"]) == ["flax_model.msgpack"]
+
+
+SMALL = [
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool.jinja",
+    "1_Pooling/config.json",
+]
+OTHER = ["tf_model.h5", "model.onnx", "README.md", ".gitattributes", "optimizer.pt", "x.py"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "taken"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"], ["model.safetensors"]),
+        (["flax_model.msgpack", "pytorch_model.bin"], ["flax_model.msgpack"]),
+        (["pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin"]),
+        (["open_clip_model.safetensors", "open_clip_pytorch_model.bin"], [0]),
+        (["open_clip_pytorch_model.bin", "open_clip_config.json"], [0, 1]),
+        (["Prithvi_EO_V1_100M.pt", "model.index.json"], [0]),
+        (["a.npz", "b.npz"], []),
+        (["model.safetensors", "model.safetensors.index.json", "model-1-of-1.safetensors"], [0]),
+        (["pytorch_model.bin.index.json", "pytorch_model-1-of-1.bin"], [0, 1]),
+        (["flax_model.msgpack.index.json", "flax_model-1-of-1.msgpack"], [0, 1]),
+    ],
+)
+def test_one_form_is_fetched_with_all_that_stands_around_it(weights, taken):
+    taken = [weights[file] if isinstance(file, int) else file for file in taken]
+    assert set(wanted_files([*SMALL, *OTHER, *weights])) == {*SMALL, *taken}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["config.json", "pytorch_model.bin"],
+        ["config.json", "flax_model.msgpack"],
+        ["open_clip_config.json", "open_clip_pytorch_model.bin"],
+        ["config.json", "Prithvi_EO_V1_100M.pt"],
+        ["config.json", "model.safetensors.index.json"],
+    ],
+)
+def test_every_form_counts_as_a_cached_model(tmp_path, monkeypatch, files):
+    folder = _snapshot(tmp_path, files)
+    _cache(monkeypatch, tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", _no_network)
+    assert locate("owner/model") == folder
+
+
+def test_a_cache_without_all_shards_is_not_whole(tmp_path, monkeypatch):
+    folder = _snapshot(tmp_path, ["config.json", "pytorch_model.bin.index.json"])
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text('{"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}')
+    _cache(monkeypatch, tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", _no_network)
+    with pytest.raises(ValueError, match="not whole in the local cache"):
+        locate("owner/model")
+    (folder / "pytorch_model-00001-of-00001.bin").write_bytes(b"")
+    assert locate("owner/model") == folder

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from jtl.weights import to_ours, to_torch, torch_name
 from jtl.weights.rename import normalise, shape_to_ours
@@ -47,7 +48,15 @@ def test_a_convolution_kernel_goes_from_oihw_to_hwio():
 
 @pytest.mark.parametrize(
     ("shape", "layout"),
-    [((4, 3), "dense"), ((2, 3, 4, 5), "conv"), ((2, 3, 7), "conv"), ((), "same")],
+    [
+        ((4, 3), "dense"),
+        ((2, 3, 4, 5), "conv"),
+        ((2, 3, 7), "conv"),
+        ((2, 3, 4, 5, 6), "conv"),
+        ((2, 3, 4, 5), "transposed_conv"),
+        ((2, 3, 4), "transposed_conv"),
+        ((), "same"),
+    ],
 )
 def test_there_and_back_is_the_same(shape, layout):
     array = np.random.default_rng(0).normal(size=shape)
@@ -55,7 +64,27 @@ def test_there_and_back_is_the_same(shape, layout):
     np.testing.assert_array_equal(to_ours(to_torch(array, layout), layout), array)
 
 
-@pytest.mark.parametrize(("rank", "layout"), [(1, "dense"), (4, "dense"), (2, "conv"), (0, "conv")])
+def test_a_transposed_convolution_is_turned_and_flipped():
+    torch = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    ours = to_ours(torch, "transposed_conv")
+    assert ours.shape == (4, 5, 2, 3) == shape_to_ours(torch.shape, "transposed_conv")
+    assert ours[0, 1, 1, 2] == torch[1, 2, 3, 3]
+
+
+def test_a_transposed_convolution_by_hand():
+    """PyTorch puts x * kernel at each step of the output: [1, 10] and [2, 3] give 2, 3, 20, 30."""
+    kernel = to_ours(np.array([[[2.0, 3.0]]]), "transposed_conv")
+    x = np.array([[[1.0], [10.0]]])
+    out = nn.ConvTranspose(1, (2,), (2,), padding="VALID", use_bias=False).apply(
+        {"params": {"kernel": kernel.astype(np.float32)}}, x.astype(np.float32)
+    )
+    np.testing.assert_allclose(out.ravel(), [2, 3, 20, 30])
+
+
+@pytest.mark.parametrize(
+    ("rank", "layout"),
+    [(1, "dense"), (4, "dense"), (2, "conv"), (0, "conv"), (2, "transposed_conv")],
+)
 def test_a_rank_that_does_not_fit_the_layout_is_an_error(rank, layout):
     assert shape_to_ours((2,) * rank, layout) is None
     with pytest.raises(ValueError, match=f"{layout}.*this array has rank {rank}"):
