@@ -46,6 +46,8 @@ class PretrainedHead(NamedTuple):
             `weights.rename.DEFAULT_RULES`.
         pooling: of the backbone, that the class reads; None where the head reads tokens.
         optional: leaf paths (regex) that a checkpoint may lack; they come fresh.
+        fields: values that the head's fields have in the class; with others it is not that head.
+        prefix: of the backbone's names in this class; None is the family's.
     """
 
     class_name: str
@@ -54,6 +56,8 @@ class PretrainedHead(NamedTuple):
     rules: tuple[tuple[str, str, str], ...]
     pooling: str | None = None
     optional: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = {}
+    prefix: str | None = None
 
 
 class Family(NamedTuple):

@@ -152,6 +152,7 @@ def _class_kind(backbone: Backbone, head: Any) -> str | None:
         # A head's own pooling is over tokens, the class reads what the family calls pooled.
         own = getattr(head, "pooling", None)
         fits = row.pooling is None or (own is None and backbone.pooling == row.pooling)
+        fits = fits and all(getattr(head, name) == value for name, value in row.fields.items())
         if type(head) is row.module and fits:
             return kind
     return None
@@ -229,8 +230,7 @@ def _fields(head: Any) -> dict[str, Any]:
 def _tensors(model: Model, chosen: str | None) -> dict[str, np.ndarray]:
     """Return the backbone's tensors, and the chosen head's, under the names of their class."""
     family = model.backbone.family
-    prefix = family.model_type if family.prefix is None else family.prefix
-    prefix = f"{prefix}." if chosen and prefix else ""
+    prefix = _prefix(model, chosen)
     tensors = _renamed(model.params["backbone"], family.rules, prefix)
     statistics = _renamed(model.stats.get("backbone", {}), family.rules, prefix)
     counters = {
@@ -244,6 +244,17 @@ def _tensors(model: Model, chosen: str | None) -> dict[str, np.ndarray]:
         own = model.params["heads"].get(chosen, {})
         head = _renamed(own, family.heads[str(kind)].rules, "")
     return {**tensors, **statistics, **counters, **head}
+
+
+def _prefix(model: Model, chosen: str | None) -> str:
+    """Return what stands before the backbone's names in the class of the chosen head."""
+    if chosen is None:
+        return ""
+    family = model.backbone.family
+    own = family.heads[str(_class_kind(model.backbone, model.heads[chosen]))].prefix
+    shared = family.model_type if family.prefix is None else family.prefix
+    prefix = shared if own is None else own
+    return f"{prefix}." if prefix else ""
 
 
 def _renamed(tree: Mapping[str, Any], rules: Sequence[Rule], prefix: str) -> dict[str, np.ndarray]:

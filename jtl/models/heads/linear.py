@@ -18,14 +18,16 @@ class Linear(nn.Module):
     Attributes:
         outputs: number of classes or of regressed values.
         dropout: rate of dropout before the layer, in phases in which the head is live.
-        pooling: None for the backbone's own pooling, "cls" or "mean" over its tokens.
+        pooling: None for the backbone's own pooling, "cls", "last" or "mean" of its tokens.
         start: of the kernel, "normal" (standard deviation 0.02) or "zeros".
+        bias: whether the layer has one.
     """
 
     outputs: int
     dropout: float = 0.0
     pooling: str | None = None
     start: str = "normal"  # a field named `init` would hide the module's own method
+    bias: bool = True
 
     tied = False
 
@@ -41,5 +43,6 @@ class Linear(nn.Module):
         """Return float32 logits (n, outputs)."""
         features = pool(out, batch, self.pooling).astype(jnp.float32)
         features = Dropout(self.dropout, deterministic=not live)(features)
-        dense = nn.Dense(self.outputs, kernel_init=kernel_init(self.start), name="classifier")
+        init = kernel_init(self.start)
+        dense = nn.Dense(self.outputs, use_bias=self.bias, kernel_init=init, name="classifier")
         return dense(features)

@@ -6,26 +6,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-POOLINGS = ("cls", "mean")
+POOLINGS = ("cls", "last", "mean")
 
 
 def pool(out: Mapping[str, jax.Array], batch: Mapping[str, Any], pooling: str | None) -> jax.Array:
     """Return one vector for each example, (n, dim), from tokens of shape (n, positions, dim).
 
     Args:
-        out: "tokens" for "cls" and "mean", "pooled" for None.
-        batch: its "attention_mask" (n, positions), if any, keeps padding out of the mean.
-        pooling: "cls" takes the first position, "mean" the mean over real positions, None the
-            backbone's own.
+        out: "pooled" for None, "tokens" for the others.
+        batch: its "attention_mask" (n, positions), if any, says which positions are real.
+        pooling: "cls" takes the first position, "last" the last real one (with padding on either
+            side), "mean" the mean over real positions, None the backbone's own.
 
     >>> tokens = jnp.array([[[1.0], [3.0], [9.0]]])
     >>> float(pool({"tokens": tokens}, {"attention_mask": jnp.array([[1, 1, 0]])}, "mean")[0, 0])
     2.0
+    >>> float(pool({"tokens": tokens}, {"attention_mask": jnp.array([[1, 1, 0]])}, "last")[0, 0])
+    3.0
     """
     if pooling is None:
         return out["pooled"]
     if pooling == "cls":
         return out["tokens"][:, 0]
+    if pooling == "last":
+        return _last(out["tokens"], batch.get("attention_mask"))
     if pooling != "mean":
         raise ValueError(f"pooling {pooling!r} is not known; give one of {POOLINGS}, or None")
     tokens = out["tokens"].astype(jnp.float32)
@@ -35,3 +39,12 @@ def pool(out: Mapping[str, jax.Array], batch: Mapping[str, Any], pooling: str | 
     weight = jnp.asarray(mask, jnp.float32)[:, :, None]
     mean = jnp.sum(tokens * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1e-9)
     return mean.astype(out["tokens"].dtype)
+
+
+def _last(tokens: jax.Array, mask: Any) -> jax.Array:
+    """Return the last real position of each row; a row without any gives its first."""
+    if mask is None:
+        return tokens[:, -1]
+    places = jnp.arange(tokens.shape[1])[None, :] * jnp.asarray(mask).astype(bool)
+    last = jnp.argmax(places, axis=1)[:, None, None]
+    return jnp.take_along_axis(tokens, last, axis=1)[:, 0]

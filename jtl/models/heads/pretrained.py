@@ -10,23 +10,26 @@ from jtl.models.heads.linear import Linear
 Rules = tuple[tuple[str, str, str], ...]
 
 
-def classification(class_name: str, pooling: str, at: str = "classifier") -> PretrainedHead:
+def classification(
+    class_name: str, pooling: str, at: str = "classifier", *, bias: bool = True
+) -> PretrainedHead:
     """Return the row of one linear layer on pooled features.
 
     Args:
         class_name: of transformers.
         pooling: of the backbone, that the class reads.
         at: name of the layer in the checkpoint.
+        bias: whether the layer has one.
     """
 
     def make(config: Mapping[str, Any], backbone: Backbone) -> Linear:
-        return Linear(outputs=len(config["id2label"]))
+        return Linear(outputs=len(config["id2label"]), bias=bias)
 
     rules = (
         ("classifier/kernel", f"{at}.weight", "dense"),
         ("classifier/bias", f"{at}.bias", "same"),
     )
-    return PretrainedHead(class_name, Linear, make, rules, pooling)
+    return PretrainedHead(class_name, Linear, make, rules, pooling, fields={"bias": bias})
 
 
 def masked_lm(class_name: str, rules: Rules) -> PretrainedHead:
