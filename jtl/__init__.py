@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Backbone": "jtl.models.backbone",
     "Model": "jtl.models.model",
+    "adapt_vocab": "jtl.models.vocabulary",
     "attach": "jtl.models.model",
     "export": "jtl.models.export",
     "fine_tune": "jtl.recipes.finetune",
+    "from_flax": "jtl.models.load",
     "load": "jtl.recipes.predict",
     "load_backbone": "jtl.models.load",
     "new_backbone": "jtl.models.load",

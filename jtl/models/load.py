@@ -17,6 +17,7 @@ from jtl.weights.files import Checkpoint, read, read_json
 from jtl.weights.hub import locate
 from jtl.weights.load import fill
 from jtl.weights.report import LoadReport, check
+from jtl.weights.tree import from_tree
 
 EXTRA_CONFIG = "jtl.json"
 _POOLING_CONFIG = "1_Pooling/config.json"
@@ -61,19 +62,47 @@ def load_backbone(
     """
     checkpoint, row, config = opened(name, family=family, config=config)
     pooling = _pooling(row, pooling or _stated_pooling(checkpoint.folder, row))
-    module, template = _skeleton(row, config, pooling, jnp.dtype(dtype), jnp.dtype(param_dtype))
-    options = {} if place is None else {"place": place}
-    trees, report = fill(template, checkpoint, rules=row.rules, aliases=row.aliases, **options)
-    check(
-        report,
-        allow_fresh=(*row.optional, *allow_fresh),
-        allow_unexpected=(*row.ignored, *allow_unexpected),
-        source=f"the checkpoint {str(name)!r}",
+    trees, module, report = _filled(
+        checkpoint,
+        *(row, config, pooling, dtype, param_dtype, place),
+        fresh=allow_fresh,
+        unexpected=allow_unexpected,
+        source=str(name),
     )
-    trees["params"], report = _without_unused(trees["params"], report, row.groups(config, pooling))
     trees = _complete(trees, module, row.example(config), key)
     inputs = load_inputs(checkpoint.folder, row.modality, config)
     return _backbone(row, config, pooling, module, trees, inputs, str(name), report)
+
+
+def from_flax(
+    model: Any, *, inputs: Any = None, pooling: str | None = None, dtype: Any = jnp.float32
+) -> Backbone:
+    """Return a `FlaxPreTrainedModel` of transformers 4 as a backbone: its own arrays, not copied.
+
+    Any object will do that has `config` (with `to_dict`, or a dict) and `params` under the names of
+    the Flax checkpoints. A head in it is left out; heads are attached.
+
+    Args:
+        model: of a class with a backbone of the table's.
+        inputs: the preprocessing, such as `data.load_text_inputs(folder, config)`; None where
+            batches are made by hand.
+        pooling: as for `load_backbone`.
+        dtype: of the computation.
+
+    Raises:
+        ValueError: no family reads it, or its weights do not fit.
+    """
+    stated = model.config if isinstance(model.config, Mapping) else model.config.to_dict()
+    row = families.family(stated.get("model_type"), f"the {type(model).__name__}")
+    config = full_config(row, stated)
+    checkpoint = from_tree(model.params, config)
+    checkpoint = checkpoint if row.layout is None else row.layout(checkpoint, config)
+    pooling, source = _pooling(row, pooling), type(model).__name__
+    trees, module, report = _filled(
+        checkpoint, row, config, pooling, dtype, jnp.float32, None, source=source
+    )
+    trees = _complete(trees, module, row.example(config), None)
+    return _backbone(row, config, pooling, module, trees, inputs, source, report)
 
 
 def new_backbone(
@@ -119,8 +148,7 @@ def opened(
     Raises:
         ValueError: there is no such checkpoint, or no family reads it.
     """
-    options = {} if config is None else {"config": dict(config)}
-    checkpoint = read(locate(str(name)), **options)
+    checkpoint = read(locate(str(name)), config=config)
     stated = foreign.recognised(checkpoint.config) or checkpoint.config
     source = f"{str(checkpoint.folder)!r}"
     row = families.family(family or stated.get("model_type"), source)
@@ -201,6 +229,32 @@ def _skeleton(
 
     params = jax.tree.map(kept, shapes["params"])
     return module, {"params": params, "stats": shapes.get("batch_stats", {})}
+
+
+def _filled(
+    checkpoint: Checkpoint,
+    row: Family,
+    config: Mapping[str, Any],
+    pooling: str,
+    dtype: Any,
+    param_dtype: Any,
+    place: Place | None,
+    *,
+    fresh: Iterable[str] = (),
+    unexpected: Iterable[str] = (),
+    source: str,
+) -> tuple[dict[str, Any], Any, LoadReport]:
+    """Return the trees with what the checkpoint has, checked, the module and the report."""
+    module, template = _skeleton(row, config, pooling, jnp.dtype(dtype), jnp.dtype(param_dtype))
+    trees, report = fill(template, checkpoint, rules=row.rules, aliases=row.aliases, place=place)
+    check(
+        report,
+        allow_fresh=(*row.optional, *fresh),
+        allow_unexpected=(*row.ignored, *unexpected),
+        source=f"the checkpoint {source!r}",
+    )
+    trees["params"], report = _without_unused(trees["params"], report, row.groups(config, pooling))
+    return trees, module, report
 
 
 def _without_unused(

@@ -297,3 +297,19 @@ def test_a_classifier_is_not_put_on_features_that_it_never_saw(tmp_path):
     backbone = load.load_backbone(tmp_path / "x", pooling="mean")
     with pytest.raises(ValueError, match="reads pooling 'pooler'; the backbone has 'mean'"):
         load_head(tmp_path / "x", backbone, "classification")
+
+
+def test_a_model_of_transformers_four_is_a_backbone_as_it_stands():
+    backbone = _backbone()
+
+    class FlaxBertModel:
+        config = {"model_type": "bert", **CONFIGS["bert"]}
+        params = backbone.params
+
+    made = load.from_flax(FlaxBertModel(), pooling="mean")
+    _same(made.params, backbone.params)
+    assert made.pooling == "mean" and made.source == "FlaxBertModel"
+    assert made.report.fresh == () and len(made.report.loaded) == len(jax.tree.leaves(made.params))
+    FlaxBertModel.params = {"encoder": backbone.params["encoder"]}
+    with pytest.raises(ValueError, match="'FlaxBertModel' does not fit the model"):
+        load.from_flax(FlaxBertModel())
