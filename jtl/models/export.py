@@ -152,8 +152,9 @@ def _class_kind(backbone: Backbone, head: Any) -> str | None:
         # A head's own pooling is over tokens, the class reads what the family calls pooled.
         own = getattr(head, "pooling", None)
         fits = row.pooling is None or (own is None and backbone.pooling == row.pooling)
-        fits = fits and all(getattr(head, name) == value for name, value in row.fields.items())
-        if type(head) is row.module and fits:
+        if type(head) is not row.module or not fits:
+            continue
+        if all(getattr(head, name) == value for name, value in row.fields.items()):
             return kind
     return None
 
