@@ -12,7 +12,8 @@ any block and each stage can run in training or evaluation mode by itself:
 `hidden` is one array, (n, positions, dim) or a map or a vector, so that it can be a column; a
 family with two streams (an encoder's output beside a decoder's) puts them into one by
 `layers.pack`. What blocks and top read beside it is named by `module.beside`, columns of the raw
-batch; where a module says nothing, that is the attention mask.
+batch; where a module says nothing, that is the attention mask. Leaves of the stem that blocks read
+too (a table of relative places) are named by `module.shared`, regexes of their paths.
 
 `live` is a bool for one stage (dropout on, BatchNorm on batch statistics) and a frozenset of labels
 for the module. A border is a number of finished stages; the activations there are a column of the
@@ -48,6 +49,7 @@ class PretrainedHead(NamedTuple):
         optional: leaf paths (regex) that a checkpoint may lack; they come fresh.
         fields: values that the head's fields have in the class; with others it is not that head.
         prefix: of the backbone's names in this class; None is the family's.
+        stated: `head -> fields of config.json` by which the class is told about this head.
     """
 
     class_name: str
@@ -58,6 +60,7 @@ class PretrainedHead(NamedTuple):
     optional: tuple[str, ...] = ()
     fields: Mapping[str, Any] = {}
     prefix: str | None = None
+    stated: Callable[[Any], Mapping[str, Any]] = lambda head: {}
 
 
 class Family(NamedTuple):
@@ -86,8 +89,13 @@ class Family(NamedTuple):
             the authors' own) to transformers' names, lazily; None where there is one layout only.
         part: the field of a larger model's config that holds this family's ("vision_config"), ""
             where it is the whole.
+        dims: `(config, pooling) -> width of out["pooled"]` where it hangs on the pooling; None has
+            `dim` say it.
         complete: `config -> config` with defaults, for a family that transformers does not have;
             None has transformers' own config class fill them in.
+        resize: `(params, config, size) -> (params, config)` for images of another (height, width);
+            None where any size will do, or none can. See `models/resize.py`.
+        channels: `(params, config, channels, new) -> (params, config)` for another number of them.
     """
 
     model_type: str
@@ -107,7 +115,10 @@ class Family(NamedTuple):
     ignored: tuple[str, ...] = ()
     layout: Callable[[Any, Mapping[str, Any]], Any] | None = None
     part: str = ""
+    dims: Callable[[Mapping[str, Any], str], int] | None = None
     complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    resize: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
+    channels: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
 
 
 def stage_labels(blocks: int) -> tuple[str, ...]:
@@ -133,6 +144,11 @@ def column(border: int, blocks: int) -> str:
 def beside(module: Any) -> tuple[str, ...]:
     """Return the raw columns that blocks and top of a module read beside the hidden array."""
     return getattr(module, "beside", ("attention_mask",))
+
+
+def shared(module: Any) -> tuple[str, ...]:
+    """Return regexes of the leaves of the stem that blocks of a module read too."""
+    return getattr(module, "shared", ())
 
 
 def given(batch: Batch, blocks: int) -> int:

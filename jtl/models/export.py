@@ -35,9 +35,25 @@ _WEIGHTS, _HEADS = "model.safetensors", "head.safetensors"
 _FORMAT = 1
 _KINDS = {
     "CausalLM": head_kinds.CausalLM,
+    "Contrastive": head_kinds.Contrastive,
+    "Distilled": head_kinds.Distilled,
     "Linear": head_kinds.Linear,
     "MaskedLM": head_kinds.MaskedLM,
+    "ReplacedToken": head_kinds.ReplacedToken,
+    "Span": head_kinds.Span,
+    "TokenLinear": head_kinds.TokenLinear,
+    "TokenProjection": head_kinds.TokenProjection,
+    "TwoLayer": head_kinds.TwoLayer,
 }
+
+# Their classes take the number of outputs from the labels of the config.
+_LABELLED = (
+    head_kinds.Distilled,
+    head_kinds.Linear,
+    head_kinds.Span,
+    head_kinds.TokenLinear,
+    head_kinds.TwoLayer,
+)
 
 
 def export(
@@ -198,7 +214,9 @@ def _config(
     config.update(architectures=[class_name], dtype=str(leaf.dtype))
     if isinstance(head, head_kinds.MaskedLM | head_kinds.CausalLM) and kind:
         config["tie_word_embeddings"] = head.tied
-    if isinstance(head, head_kinds.Linear) and kind:
+    if kind:
+        config.update(family.heads[kind].stated(head))
+    if isinstance(head, _LABELLED) and kind:
         outputs = head.outputs
         words = names[chosen or ""] or tuple(f"LABEL_{i}" for i in range(outputs))
         config["id2label"] = {str(i): word for i, word in enumerate(words)}

@@ -3,9 +3,36 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+
+def _open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    from jtl.models.families import open_clip
+
+    return open_clip.read_config(config)
+
+
+def _timm_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    from jtl.models.families.vit_layouts import timm_config
+
+    return timm_config(config)
+
+
 # Each looks at the dict of a config file; it returns the config in this library's terms, with its
 # `model_type`, or None where the file is not of its kind.
-READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = ()
+READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (_open_clip,)
+
+
+# Classes that hold a part of what their `model_type` is, and the family that reads them.
+CLASSES: dict[str, str] = {"T5EncoderModel": "t5_encoder"}
+
+
+def family_of(config: Mapping[str, Any]) -> Any:
+    """Return the name of the family that a config states, by its class or its `model_type`.
+
+    >>> family_of({"model_type": "t5", "architectures": ["T5EncoderModel"]})
+    't5_encoder'
+    """
+    stated = config.get("architectures") or [None]
+    return CLASSES.get(stated[0], config.get("model_type"))
 
 
 def recognised(config: Mapping[str, Any]) -> dict[str, Any] | None:

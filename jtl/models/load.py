@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jtl.models import families, foreign
+from jtl.models import families, foreign, resize
 from jtl.models.backbone import UNUSED, Backbone, Family, Rules
-from jtl.models.inputs import load_inputs
+from jtl.models.inputs import adapted_inputs, load_inputs
 from jtl.weights.files import Checkpoint, read, read_json
 from jtl.weights.hub import locate
 from jtl.weights.load import fill
@@ -35,6 +35,9 @@ def load_backbone(
     param_dtype: Any = jnp.float32,
     place: Place | None = None,
     key: jax.Array | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    new_channels: resize.NewChannels = "repeat",
     allow_fresh: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> Backbone:
@@ -53,6 +56,10 @@ def load_backbone(
         place: `(path, array) -> jax array`, to put each leaf onto its devices as it is read; None
             puts it on the default device.
         key: for weights that the checkpoint does not have; None is `jax.random.key(0)`.
+        image_size: (height, width) of the images, or one number for both, where it is not the
+            checkpoint's: the positions are interpolated and the inputs are made at that size.
+        channels: of the images, where their number is not the checkpoint's.
+        new_channels: how the first convolution reads them; see `layers.adapt_channels`.
         allow_fresh: regexes of leaves that the checkpoint may lack; they get initial values.
         allow_unexpected: regexes of checkpoint names that no leaf reads.
 
@@ -71,6 +78,11 @@ def load_backbone(
     )
     trees = _complete(trees, module, row.example(config), key)
     inputs = load_inputs(checkpoint.folder, row.modality, config)
+    if image_size is not None or channels is not None:
+        sizes = dict(image_size=image_size, channels=channels, new_channels=new_channels)
+        trees["params"], config = resize.adapted(row, trees["params"], config, **sizes, place=place)
+        module = row.make(config, pooling, jnp.dtype(dtype))
+        inputs = adapted_inputs(inputs, image_size, channels)
     return _backbone(row, config, pooling, module, trees, inputs, str(name), report)
 
 
@@ -151,7 +163,7 @@ def opened(
     checkpoint = read(locate(str(name)), config=config)
     stated = foreign.recognised(checkpoint.config) or checkpoint.config
     source = f"{str(checkpoint.folder)!r}"
-    row = families.family(family or stated.get("model_type"), source)
+    row = families.family(family or foreign.family_of(stated), source)
     if row.part and row.part in stated and stated.get("model_type") != row.model_type:
         stated = stated[row.part]
     whole = full_config(row, stated)
@@ -185,7 +197,19 @@ def full_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
             f"transformers refuses this {model_type} config: {' '.join(str(error).split())}; the "
             f"config has {sorted(config)}; correct that field of config.json"
         ) from error
-    return {**json.loads(whole.to_json_string(use_diff=False)), **config, "model_type": model_type}
+    defaults = json.loads(whole.to_json_string(use_diff=False))
+    return {**defaults, **config, **_towers(defaults, config), "model_type": model_type}
+
+
+def _towers(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configs of a config's parts ("text_config"), with the defaults for each."""
+    return {
+        name: {**defaults[name], **stated}
+        for name, stated in config.items()
+        if name.endswith("_config")
+        and isinstance(stated, Mapping)
+        and isinstance(defaults.get(name), Mapping)
+    }
 
 
 def _pooling(family: Family, pooling: str | None) -> str:
@@ -313,7 +337,7 @@ def _backbone(
         stats=trees["stats"],
         groups=family.groups(config, pooling),
         inputs=inputs,
-        dim=family.dim(config),
+        dim=family.dims(config, pooling) if family.dims else family.dim(config),
         config=config,
         family=family,
         pooling=pooling,

@@ -7,6 +7,7 @@ Reference: Chen et al. 2016, arXiv:1604.06174.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +93,15 @@ def apply(
 
     hidden, stats = run(params, stats, batch, live, first)
     for stage in range(first, module.blocks + 1):
-        own = jax.tree.map(lambda name, stage=stage: name == names[stage], labels)
+        own = jax.tree_util.tree_map_with_path(
+            functools.partial(_read_by, names[stage], module), labels
+        )
         block = again(functools.partial(one, stage))
         hidden, stats = block(masks.split(params, own)[0], hidden, stats)
     return one(module.blocks + 1, params, hidden, stats)
+
+
+def _read_by(name: str, module: Any, path: Any, label: str) -> bool:
+    """Return whether the block of this label reads the leaf at a path."""
+    place = jax.tree_util.keystr(path, simple=True, separator="/")
+    return label == name or any(re.fullmatch(regex, place) for regex in stages.shared(module))

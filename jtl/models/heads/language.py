@@ -57,11 +57,13 @@ class CausalLM(nn.Module):
         vocabulary: number of tokens.
         tied: whether the kernel is `out["table"]`, the word embedding of the backbone.
         bias: whether the logits have one.
+        scale: of the tokens before the product.
     """
 
     vocabulary: int
     tied: bool = True
     bias: bool = False
+    scale: float = 1.0
 
     needs = "tokens"
 
@@ -70,7 +72,7 @@ class CausalLM(nn.Module):
         self, out: Mapping[str, jax.Array], batch: Mapping[str, Any], live: bool = False
     ) -> jax.Array:
         """Return float32 logits (n, positions, vocabulary)."""
-        tokens = out["tokens"]
+        tokens = out["tokens"] * self.scale
         if self.tied:
             kernel = out["table"].T
         else:
