@@ -1,5 +1,6 @@
 """Images to pixel arrays by the processor that the weights were trained with, channels last."""
 
+import copy
 import dataclasses
 import functools
 import io
@@ -140,6 +141,81 @@ def image_inputs(
         size={"height": height, "width": width}, image_mean=list(mean), image_std=list(std)
     )
     return _made(processor, len(mean), "image_inputs")
+
+
+def timm_inputs(config: Mapping[str, Any]) -> ImageInputs:
+    """Return the preprocessing of a checkpoint of timm, as it evaluates: resize, crop, normalise.
+
+    The shorter side is made as long as the crop divided by `crop_pct`.
+
+    Args:
+        config: the `pretrained_cfg` of its `config.json`; timm's defaults stand for what it lacks.
+
+    Raises:
+        ValueError: it states another way to crop, or an interpolation that is not known.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    channels, height, width = config.get("input_size") or (3, 224, 224)
+    filters = {"bilinear": 2, "bicubic": 3, "lanczos": 1}
+    filter_name, mode = config.get("interpolation", "bicubic"), config.get("crop_mode", "center")
+    if filter_name not in filters or mode != "center" or height != width:
+        raise ValueError(
+            f"the checkpoint of timm states interpolation {filter_name!r}, crop_mode {mode!r} and "
+            f"images of {height} x {width}; read are {sorted(filters)}, 'center' and squares; "
+            "state the preprocessing by data.image_inputs(size, mean=, std=)"
+        )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": int(height / (config.get("crop_pct") or 0.875))},
+        crop_size={"height": height, "width": width},
+        resample=filters[filter_name],
+        image_mean=list(config.get("mean") or (0.485, 0.456, 0.406)),
+        image_std=list(config.get("std") or (0.229, 0.224, 0.225)),
+        do_convert_rgb=channels == 3,
+    )
+    return _made(processor, channels, "the checkpoint of timm")
+
+
+def resized(inputs: ImageInputs, size: tuple[int, int], channels: int) -> ImageInputs:
+    """Return the same preprocessing for images of another size, or for grey ones.
+
+    What is resized before a crop grows with it. One channel has the mean of the means, and of the
+    deviations, of three.
+
+    Args:
+        inputs: of a checkpoint.
+        size: (height, width) of what comes out.
+        channels: 1 or 3.
+
+    Raises:
+        ValueError: the processor does not come to that size.
+
+    >>> resized(image_inputs(4), (6, 8), 3).size
+    (6, 8)
+    """
+    processor = copy.deepcopy(inputs.processor)
+    ratio = min(size) / min(inputs.size)
+    height, width = size
+    if getattr(processor, "do_center_crop", False):
+        processor.crop_size = {"height": height, "width": width}
+        old = dict(processor.size)
+        processor.size = {name: round(old[name] * ratio) for name in old if old[name]}
+    elif "shortest_edge" in dict(processor.size):
+        processor.size = {"shortest_edge": round(processor.size["shortest_edge"] * ratio)}
+    else:
+        processor.size = {"height": height, "width": width}
+    for name in ("image_mean", "image_std") if channels != inputs.channels else ():
+        values = getattr(processor, name)
+        setattr(processor, name, [sum(values) / len(values)] * channels)
+    if channels != inputs.channels and getattr(processor, "do_convert_rgb", False):
+        processor.do_convert_rgb = channels == 3
+    made = _made(processor, channels, f"the resized {type(processor).__name__}")
+    if made.size != size:
+        raise ValueError(
+            f"the image processor {type(processor).__name__} makes images of {made.size} where "
+            f"{size} is wanted; state the preprocessing by data.image_inputs(size, mean=, std=)"
+        )
+    return made
 
 
 def _made(processor: Any, channels: int, name: str) -> ImageInputs:

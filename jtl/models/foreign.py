@@ -18,7 +18,7 @@ def _timm_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 # Each looks at the dict of a config file; it returns the config in this library's terms, with its
 # `model_type`, or None where the file is not of its kind.
-READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (_open_clip,)
+READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (_open_clip, _timm_vit)
 
 
 # Classes that hold a part of what their `model_type` is, and the family that reads them.

@@ -42,6 +42,10 @@ def load_inputs(folder: Path, modality: str, config: Mapping[str, Any]) -> Any:
         ValueError: its files are damaged, or are for other inputs.
     """
     if not any((folder / name).is_file() for name in _INPUT_FILES[modality]):
+        if modality == "image" and config.get("pretrained_cfg"):
+            from jtl.data.images import timm_inputs
+
+            return timm_inputs(config["pretrained_cfg"])
         return MissingInputs(modality, str(folder))
     if modality == "text":
         from jtl.data.text import load_text_inputs
@@ -50,3 +54,23 @@ def load_inputs(folder: Path, modality: str, config: Mapping[str, Any]) -> Any:
     from jtl.data.images import load_image_inputs
 
     return load_image_inputs(folder, config)
+
+
+def adapted_inputs(
+    inputs: Any, image_size: int | tuple[int, int] | None, channels: int | None
+) -> Any:
+    """Return image inputs for another size or number of channels, all else as it was.
+
+    Args:
+        inputs: of `load_inputs`.
+        image_size: (height, width), or one number for both; None leaves it.
+        channels: None leaves them. Files hold 1 or 3; for others the inputs are `MissingInputs`.
+    """
+    from jtl.data.images import ImageInputs, resized
+
+    if not isinstance(inputs, ImageInputs):
+        return inputs
+    if channels not in (None, 1, 3):
+        return MissingInputs("image", f"a model of {channels} channels")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return resized(inputs, size or inputs.size, channels or inputs.channels)

@@ -20,6 +20,8 @@ _TEXT = dict(
     max_position_embeddings=16,
     initializer_range=0.3,
 )
+_GPT = dict(vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.3)
+_GROUPED = dict(_TEXT, num_key_value_heads=1)
 _PATCHES = dict(
     hidden_size=16,
     num_hidden_layers=2,
@@ -29,6 +31,8 @@ _PATCHES = dict(
     patch_size=4,
     initializer_range=0.3,
 )
+# The tests' tokens are 3 to 30: the largest one ends a text.
+_CLIP_TEXT = dict(_TEXT, hidden_size=12, num_hidden_layers=1, eos_token_id=2)
 
 
 class Case(NamedTuple):
@@ -46,8 +50,20 @@ class Case(NamedTuple):
 # {model_type: case}, in the order of the alphabet.
 CASES: dict[str, Case] = {
     "bert": Case(_TEXT),
+    "cxr-bert": Case(dict(_TEXT, projection_size=6)),
+    "clip": Case(dict(text_config=_CLIP_TEXT, vision_config=_PATCHES, projection_dim=8)),
+    "clip_text_model": Case(_CLIP_TEXT),
+    "clip_vision_model": Case(_PATCHES),
+    "deit": Case(_PATCHES),
+    "gpt2": Case(_GPT),
+    "gpt_bigcode": Case(_GPT),
+    "llama": Case(_GROUPED),
+    "mistral": Case(dict(_GROUPED, sliding_window=2)),
     "mlp": Case(dict(image_size=6, hidden_sizes=[16, 16, 8])),
+    "qwen2": Case(_GROUPED),
+    "qwen3": Case(dict(_GROUPED, head_dim=8)),
     "resnet": Case(dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
+    "starcoder2": Case(_GROUPED),
     "vit": Case(_PATCHES),
 }
 

@@ -277,7 +277,7 @@ def test_config_errors(changes, message):
 
 
 def test_pooling_errors():
-    with pytest.raises(ValueError, match=r"'max' is not known to ViT.*'cls', 'mean', 'pooler'"):
+    with pytest.raises(ValueError, match=r"'max' is not known to ViT.*'cls', 'mean', 'mean_norm', 'pooler'"):
         FAMILY.make(CONFIG, "max", jnp.float32)
     with pytest.raises(
         ValueError, match="pooler has width 7, the tokens 24; .*pooling='cls' or 'mean'"

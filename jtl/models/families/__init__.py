@@ -14,8 +14,21 @@ from jtl.models.backbone import Family
 # {model_type: "file:NAME of its Family"}
 TABLE: dict[str, str] = {
     "bert": "bert:BERT",
+    "clip": "clip:CLIP",
+    "clip_text_model": "clip:CLIP_TEXT",
+    "clip_vision_model": "clip:CLIP_VISION",
+    "cxr-bert": "bert:CXR_BERT",
+    "deit": "vit:DEIT",
+    "gpt2": "gpt:GPT2",
+    "gpt_bigcode": "gpt:GPT_BIGCODE",
+    "llama": "llama:LLAMA",
+    "mistral": "mistral:MISTRAL",
+    "deberta-v2": "deberta:DEBERTA_V2",
     "mlp": "mlp:FAMILY",
+    "qwen2": "qwen:QWEN2",
+    "qwen3": "qwen:QWEN3",
     "resnet": "resnet:RESNET",
+    "starcoder2": "starcoder:STARCODER2",
     "vit": "vit:VIT",
 }
 

@@ -5,8 +5,24 @@ A head is a Linen module called as `head(out, batch, live)`, with two fields tha
 `out["table"]`, the word embedding of the backbone (vocabulary, dim).
 """
 
+from jtl.models.heads.contrastive import Contrastive
+from jtl.models.heads.distilled import Distilled
 from jtl.models.heads.language import CausalLM, MaskedLM
 from jtl.models.heads.linear import Linear
 from jtl.models.heads.pooling import POOLINGS, pool
+from jtl.models.heads.tokens import ReplacedToken, Span, TokenLinear, TokenProjection
+from jtl.models.heads.two_layer import TwoLayer
 
-__all__ = ["POOLINGS", "CausalLM", "Linear", "MaskedLM", "pool"]
+__all__ = [
+    "POOLINGS",
+    "CausalLM",
+    "Contrastive",
+    "Linear",
+    "MaskedLM",
+    "ReplacedToken",
+    "Span",
+    "TokenLinear",
+    "TokenProjection",
+    "TwoLayer",
+    "pool",
+]

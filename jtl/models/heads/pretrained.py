@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jtl.models.backbone import Backbone, PretrainedHead
+from jtl.models.heads.distilled import Distilled
 from jtl.models.heads.language import CausalLM, MaskedLM
 from jtl.models.heads.linear import Linear
+from jtl.models.heads.tokens import Span, TokenLinear
+from jtl.models.heads.two_layer import TwoLayer
 
 Rules = tuple[tuple[str, str, str], ...]
 
@@ -25,30 +28,100 @@ def classification(
     def make(config: Mapping[str, Any], backbone: Backbone) -> Linear:
         return Linear(outputs=len(config["id2label"]), bias=bias)
 
-    rules = (
-        ("classifier/kernel", f"{at}.weight", "dense"),
-        ("classifier/bias", f"{at}.bias", "same"),
-    )
+    rules = _dense("classifier", at)
     return PretrainedHead(class_name, Linear, make, rules, pooling, fields={"bias": bias})
 
 
-def masked_lm(class_name: str, rules: Rules) -> PretrainedHead:
+def two_layer(
+    class_name: str,
+    activation: str,
+    layers: tuple[str, str] = ("classifier.dense", "classifier.out_proj"),
+    *,
+    first: bool = True,
+) -> PretrainedHead:
+    """Return the row of two dense layers on the first token: classification.
+
+    Args:
+        class_name: of transformers.
+        activation: between the layers.
+        layers: their names in the checkpoint.
+        first: whether the class has dropout before the first layer too.
+    """
+
+    def make(config: Mapping[str, Any], backbone: Backbone) -> TwoLayer:
+        return TwoLayer(outputs=len(config["id2label"]), activation=activation, first=first)
+
+    rules = (*_dense("dense", layers[0]), *_dense("out_proj", layers[1]))
+    fields = {"activation": activation}
+    return PretrainedHead(class_name, TwoLayer, make, rules, fields=fields)
+
+
+def token_classification(class_name: str, at: str = "classifier") -> PretrainedHead:
+    """Return the row of one linear layer on each token.
+
+    Args:
+        class_name: of transformers.
+        at: name of the layer in the checkpoint.
+    """
+
+    def make(config: Mapping[str, Any], backbone: Backbone) -> TokenLinear:
+        return TokenLinear(outputs=len(config["id2label"]))
+
+    return PretrainedHead(class_name, TokenLinear, make, _dense("classifier", at))
+
+
+def question_answering(class_name: str, at: str = "qa_outputs") -> PretrainedHead:
+    """Return the row of the logits of a span's two ends.
+
+    Args:
+        class_name: of transformers.
+        at: name of the layer in the checkpoint.
+    """
+
+    def make(config: Mapping[str, Any], backbone: Backbone) -> Span:
+        return Span()
+
+    return PretrainedHead(class_name, Span, make, _dense("qa_outputs", at))
+
+
+def _dense(ours: str, theirs: str) -> Rules:
+    return (
+        (f"{ours}/kernel", f"{theirs}.weight", "dense"),
+        (f"{ours}/bias", f"{theirs}.bias", "same"),
+    )
+
+
+def masked_lm(
+    class_name: str,
+    rules: Rules,
+    *,
+    dim: str = "hidden_size",
+    fixed: Mapping[str, Any] | None = None,
+) -> PretrainedHead:
     """Return the row of BERT's masked-LM head: dense, activation, LayerNorm, tied decoder.
 
     Args:
         class_name: of transformers.
         rules: where dense, LayerNorm and bias lie.
+        dim: field of the config with the width of the word embedding.
+        fixed: {field of `MaskedLM`: its value}, in place of `hidden_act` and `layer_norm_eps`.
     """
+    fixed = fixed or {}
 
     def make(config: Mapping[str, Any], backbone: Backbone) -> MaskedLM:
+        if config.get("tie_word_embeddings", True) is False:
+            raise ValueError(
+                f"the config has tie_word_embeddings=False; the head of {class_name} here reads "
+                "the word embedding; use a checkpoint with the two tied, or attach a fresh head"
+            )
         return MaskedLM(
-            dim=backbone.dim,
+            dim=config[dim],
             vocabulary=config["vocab_size"],
-            activation=config["hidden_act"],
-            epsilon=config["layer_norm_eps"],
+            activation=fixed.get("activation") or config["hidden_act"],
+            epsilon=fixed.get("epsilon") or config["layer_norm_eps"],
         )
 
-    return PretrainedHead(class_name, MaskedLM, make, rules)
+    return PretrainedHead(class_name, MaskedLM, make, rules, fields=fixed)
 
 
 def causal_lm(class_name: str, *, tied: bool | None = None, at: str = "lm_head") -> PretrainedHead:
@@ -66,3 +139,16 @@ def causal_lm(class_name: str, *, tied: bool | None = None, at: str = "lm_head")
 
     rules = (("kernel", f"{at}.weight", "dense"), ("bias", f"{at}.bias", "same"))
     return PretrainedHead(class_name, CausalLM, make, rules)
+
+
+def distilled(class_name: str) -> PretrainedHead:
+    """Return the row of DeiT's two classifiers, whose mean is read.
+
+    Args:
+        class_name: of transformers.
+    """
+
+    def make(config: Mapping[str, Any], backbone: Backbone) -> Distilled:
+        return Distilled(outputs=len(config["id2label"]))
+
+    return PretrainedHead(class_name, Distilled, make, ())

@@ -1,0 +1,105 @@
+"""A checkpoint for other images than it was trained on: another size, other channels.
+
+A family says which leaf changes: `Family.resize` for the positions, `Family.channels` for the first
+convolution. `load_backbone(name, image_size=, channels=)` calls them once, when the weights are
+read; what comes out is a backbone of that size like any other.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jtl.models.layers.channels import NewChannels, adapt_channels
+from jtl.models.layers.interpolate import interpolate_positions
+from jtl.models.layers.patches import grid, pair
+
+Changed = tuple[dict[str, Any], dict[str, Any]]
+Resize = Callable[[Mapping[str, Any], Mapping[str, Any], tuple[int, int]], Changed]
+Channels = Callable[[Mapping[str, Any], Mapping[str, Any], int, NewChannels], Changed]
+
+
+def positions_of(path: str, *, antialias: bool = False) -> Resize:
+    """Return a family's `resize`: the position table at `path` is interpolated.
+
+    Args:
+        path: of the table (1, tokens before the patches + patches, dim).
+        antialias: see `layers.interpolate_positions`.
+    """
+
+    def resize(
+        params: Mapping[str, Any], config: Mapping[str, Any], size: tuple[int, int]
+    ) -> Changed:
+        patch = pair(config["patch_size"], "patch_size")
+        old = grid(pair(config["image_size"], "image_size"), patch)
+        flat = flatten_dict(params, sep="/")
+        flat[path] = interpolate_positions(flat[path], old, grid(size, patch), antialias=antialias)
+        return unflatten_dict(flat, sep="/"), {**config, "image_size": _stated(size)}
+
+    return resize
+
+
+def channels_of(*paths: str) -> Channels:
+    """Return a family's `channels`: the kernels at `paths` read another number of channels."""
+
+    def change(
+        params: Mapping[str, Any], config: Mapping[str, Any], channels: int, new: NewChannels
+    ) -> Changed:
+        flat = flatten_dict(params, sep="/")
+        flat |= {path: adapt_channels(flat[path], channels, new) for path in paths}
+        return unflatten_dict(flat, sep="/"), {**config, "num_channels": channels}
+
+    return change
+
+
+def adapted(
+    row: Any,
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    new_channels: NewChannels = "repeat",
+    place: Callable[[str, np.ndarray], jax.Array] | None = None,
+) -> Changed:
+    """Return params and config for images of another size and of other channels.
+
+    Args:
+        row: the `Family`.
+        params: as they were read.
+        config: of the checkpoint.
+        image_size: (height, width), or one number for both; None leaves it.
+        channels: None leaves them.
+        new_channels: see `layers.adapt_channels`.
+        place: puts what has changed onto its devices.
+
+    Raises:
+        ValueError: the family has no positions that can be interpolated, or no channels.
+    """
+    before = flatten_dict(params, sep="/")
+    changed, config = dict(params), dict(config)
+    if image_size is not None:
+        _has(row, "resize", "image_size")
+        changed, config = row.resize(changed, config, pair(image_size, "image_size"))
+    if channels is not None:
+        _has(row, "channels", "channels")
+        changed, config = row.channels(changed, config, channels, new_channels)
+    flat = flatten_dict(changed, sep="/")
+    if place is not None:
+        new = [path for path, leaf in flat.items() if leaf is not before[path]]
+        flat |= {path: place(path, np.asarray(flat[path])) for path in new}
+    return unflatten_dict(flat, sep="/"), config
+
+
+def _has(row: Any, field: str, option: str) -> None:
+    if getattr(row, field) is None:
+        raise ValueError(
+            f"{option}= is given and {row.model_type} has nothing to adapt: it takes images of any "
+            f"size, or its weights are bound to one; leave {option}= out, or resize the images"
+        )
+
+
+def _stated(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
