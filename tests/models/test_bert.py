@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jtl.models.backbone import stage_labels
 from jtl.models.families.bert import BERT as FAMILY
-from jtl.models.families.bert import BertConfig, bert_config
 from jtl.models.heads import Linear, MaskedLM
+from jtl.models.layers.post_norm import EncoderConfig, encoder_config
 from jtl.weights.files import read
 from jtl.weights.load import fill
 from jtl.weights.rename import to_ours, torch_name
@@ -229,10 +229,11 @@ def test_stem_dropout_is_of_the_stated_rate():
 
 
 def test_config_takes_what_the_encoder_reads():
-    made = bert_config({**CONFIG, "id2label": {"0": "x"}, "torch_dtype": "float32"})
-    assert made == BertConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"})
-    few = {f.name: CONFIG[f.name] for f in dataclasses.fields(BertConfig)[:6]}
-    assert bert_config(few).layer_norm_eps == 1e-12
+    extra = {"id2label": {"0": "x"}, "torch_dtype": "float32"}
+    made = encoder_config({**CONFIG, **extra}, "BERT")
+    assert made == EncoderConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"})
+    few = {f.name: CONFIG[f.name] for f in dataclasses.fields(EncoderConfig)[:6]}
+    assert encoder_config(few, "BERT").layer_norm_eps == 1e-12
 
 
 @pytest.mark.parametrize(
