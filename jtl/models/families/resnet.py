@@ -2,12 +2,15 @@
 
 The trees of parameters and statistics are those of transformers' FlaxResNetModel. Stages: "stem"
 is the first convolution and the max pooling, "block_i" is the i-th residual layer over all of
-`encoder/stages/*/layers/*`, "top" is the global average and has no leaves.
+`encoder/stages/*/layers/*`, "top" is the global average and has no leaves. Checkpoints in the
+names of torchvision and timm are read too.
 
 Reference: He et al. 2015, arXiv:1512.03385; v1.5 has its stride in the 3x3 convolution.
 """
 
 import dataclasses
+import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +22,11 @@ from jtl.models.backbone import Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
 from jtl.models.heads.pretrained import classification
 from jtl.models.layers import BatchNorm, activation, pixels
+from jtl.models.layers.maps import flat, real_rows
+from jtl.models.layers.nest import Nest
+from jtl.models.layers.stated import one_for_each_stage, places, stated
+from jtl.weights.checkpoint import Checkpoint
+from jtl.weights.layouts import nested, renamed
 
 POOLINGS = ("mean",)
 LAYER_TYPES = ("basic", "bottleneck")
@@ -53,36 +61,12 @@ def resnet_config(config: Mapping[str, Any]) -> ResNetConfig:
     >>> made.depths, made.layer_type
     ((1, 2), 'bottleneck')
     """
-    fields = dataclasses.fields(ResNetConfig)
-    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
-    missing = [name for name in needed if config.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"the ResNet config lacks {missing}; it has {sorted(config)}; "
-            "add them, or correct model_type if the checkpoint is no ResNet"
-        )
-    own = {f.name: config[f.name] for f in fields if config.get(f.name) is not None}
-    made = ResNetConfig(
-        **{**own, "hidden_sizes": tuple(own["hidden_sizes"]), "depths": tuple(own["depths"])}
-    )
-    if len(made.depths) != len(made.hidden_sizes) or not made.depths or min(made.depths) < 1:
-        raise ValueError(
-            f"the ResNet config has depths={made.depths} and hidden_sizes={made.hidden_sizes}; "
-            "give both one number for each stage, and each stage one layer or more"
-        )
+    made = stated(ResNetConfig, config, "ResNet")
+    one_for_each_stage("ResNet", depths=made.depths, hidden_sizes=made.hidden_sizes)
     if made.layer_type not in LAYER_TYPES:
         raise ValueError(f"layer_type {made.layer_type!r} is not known; give one of {LAYER_TYPES}")
     activation(made.hidden_act)
     return made
-
-
-def places(depths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Return (stage, layer) of each block in order of depth.
-
-    >>> places((1, 2))
-    ((0, 0), (1, 0), (1, 1))
-    """
-    return tuple((stage, layer) for stage, depth in enumerate(depths) for layer in range(depth))
 
 
 class _Convolution(nn.Module):
@@ -160,77 +144,6 @@ class _Layer(nn.Module):
         )
 
 
-class _Layers(nn.Module):
-    """The residual layers of one stage under the names "0", "1", ..."""
-
-    config: ResNetConfig
-    stage: int
-    axis_name: str | None
-    dtype: Any
-
-    def setup(self) -> None:
-        width, own = self.config.hidden_sizes[self.stage], (self.axis_name, self.dtype)
-        down = self.stage > 0 or self.config.downsample_in_first_stage
-        self.layers = [
-            _Layer(self.config, width, 2 if down and i == 0 else 1, *own, name=str(i))
-            for i in range(self.config.depths[self.stage])
-        ]
-
-    def __call__(
-        self, layer: int, hidden: jax.Array, mask: jax.Array | None, live: bool
-    ) -> jax.Array:
-        return self.layers[layer](hidden, mask, live)
-
-
-class _Stage(nn.Module):
-    config: ResNetConfig
-    stage: int
-    axis_name: str | None
-    dtype: Any
-
-    def setup(self) -> None:
-        self.layers = _Layers(self.config, self.stage, self.axis_name, self.dtype)
-
-    def __call__(
-        self, layer: int, hidden: jax.Array, mask: jax.Array | None, live: bool
-    ) -> jax.Array:
-        return self.layers(layer, hidden, mask, live)
-
-
-class _Stages(nn.Module):
-    """The stages under the names "0", "1", ... as in the checkpoints."""
-
-    config: ResNetConfig
-    axis_name: str | None
-    dtype: Any
-
-    def setup(self) -> None:
-        own = (self.axis_name, self.dtype)
-        self.stages = [
-            _Stage(self.config, i, *own, name=str(i)) for i in range(len(self.config.depths))
-        ]
-
-    def __call__(
-        self, index: int, hidden: jax.Array, mask: jax.Array | None, live: bool
-    ) -> jax.Array:
-        stage, layer = places(self.config.depths)[index]
-        return self.stages[stage](layer, hidden, mask, live)
-
-
-class _Encoder(nn.Module):
-    config: ResNetConfig
-    axis_name: str | None
-    dtype: Any
-
-    def setup(self) -> None:
-        self.stages = _Stages(self.config, self.axis_name, self.dtype)
-
-    def __call__(
-        self, index: int, hidden: jax.Array, mask: jax.Array | None, live: bool
-    ) -> jax.Array:
-        return self.stages(index, hidden, mask, live)
-
-
 class _Embedder(nn.Module):
     config: ResNetConfig
     axis_name: str | None
@@ -268,7 +181,14 @@ class ResNet(nn.Module):
     def setup(self) -> None:
         """Declare the modules of the stem and the blocks."""
         self.embedder = _Embedder(self.config, self.axis_name, self.dtype)
-        self.encoder = _Encoder(self.config, self.axis_name, self.dtype)
+        self.encoder = Nest(tuple((path, self._layer(path)) for path in _paths(self.config)))
+
+    def _layer(self, path: str) -> Any:
+        config = self.config
+        stage, layer = (int(part) for part in path.split("/")[1::2])
+        down = layer == 0 and (stage > 0 or config.downsample_in_first_stage)
+        own = (config.hidden_sizes[stage], 2 if down else 1, self.axis_name, self.dtype)
+        return functools.partial(_Layer, config, *own)
 
     @property
     def blocks(self) -> int:
@@ -278,15 +198,15 @@ class ResNet(nn.Module):
     def stem(self, batch: Batch, live: bool = False) -> jax.Array:
         """Return the map after the first convolution and max pooling."""
         hidden = pixels(batch, self.config.num_channels).astype(self.dtype)
-        return self.embedder(hidden, _rows(batch), live)
+        return self.embedder(hidden, real_rows(batch), live)
 
     def block(self, index: int, hidden: jax.Array, batch: Batch, live: bool = False) -> jax.Array:
         """Return the map after residual layer `index`."""
-        return self.encoder(index, hidden, _rows(batch), live)
+        return self.encoder(_paths(self.config)[index], hidden, real_rows(batch), live)
 
     def top(self, hidden: jax.Array, batch: Batch, live: bool = False) -> Out:
         """Return "tokens" (n, height * width, dim) and "pooled" (n, dim)."""
-        tokens = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+        tokens = flat(hidden)
         return {"tokens": tokens, "pooled": pool({"tokens": tokens}, {}, self.pooling)}
 
     def __call__(
@@ -296,9 +216,8 @@ class ResNet(nn.Module):
         return run_stages(self, batch, live, stop)
 
 
-def _rows(batch: Batch) -> jax.Array | None:
-    mask = batch.get("mask")
-    return None if mask is None else jnp.asarray(mask, bool)
+def _paths(config: ResNetConfig) -> tuple[str, ...]:
+    return tuple(f"stages/{stage}/layers/{layer}" for stage, layer in places(config.depths))
 
 
 def _make(config: Mapping[str, Any], pooling: str, dtype: Any = jnp.float32) -> ResNet:
@@ -319,6 +238,37 @@ def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {"pixel_values": jnp.zeros((1, 32, 32, config["num_channels"]))}
 
 
+# torchvision's and timm's names, which are one: `layer1.0.conv1.weight`, `bn1`, `downsample.0`.
+_FOREIGN = (
+    (r"conv1[.]weight", "embedder.embedder.convolution.weight"),
+    (r"bn1[.](.*)", r"embedder.embedder.normalization.\1"),
+    (
+        r"layer(\d)[.](\d+)[.](conv|bn)(\d)[.](.*)",
+        lambda m: f"{_place(m)}.layer.{int(m[4]) - 1}.{_KINDS[m[3]]}.{m[5]}",
+    ),
+    (
+        r"layer(\d)[.](\d+)[.]downsample[.]([01])[.](.*)",
+        lambda m: f"{_place(m)}.shortcut.{_KINDS[m[3]]}.{m[4]}",
+    ),
+    (r"fc[.](.*)", r"classifier.1.\1"),
+)
+_CONVOLUTION, _NORM = "convolution", "normalization"
+_KINDS = {"conv": _CONVOLUTION, "bn": _NORM, "0": _CONVOLUTION, "1": _NORM}
+
+
+def _place(match: re.Match[str]) -> str:
+    return f"encoder.stages.{int(match[1]) - 1}.layers.{match[2]}"
+
+
+def _layout(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """Bring torchvision's names, which may lie under a prefix (BioViL's image side), to ours."""
+    first = next((n for n in checkpoint.names if n.endswith("layer1.0.conv1.weight")), None)
+    if first is None:
+        return checkpoint
+    prefix = first.removesuffix("layer1.0.conv1.weight")
+    return renamed(nested(checkpoint, prefix) if prefix else checkpoint, _FOREIGN)
+
+
 RESNET = Family(
     model_type="resnet",
     modality="image",
@@ -331,6 +281,7 @@ RESNET = Family(
     aliases=((r"^resnet[.]", ""), (r"[.]layer_(\d)[.]", r".\1.")),  # the second of the Flax class
     ignored=(r"(.*[.])?num_batches_tracked", r"classifier[.].*"),
     class_name="ResNetModel",
+    layout=_layout,
     heads={
         "classification": classification("ResNetForImageClassification", "mean", "classifier.1")
     },
