@@ -1,4 +1,4 @@
-"""The peer of `benchmarks.freezing`: transformers on PyTorch, eager and under `torch.compile`.
+"""The peer of the step benchmarks: transformers on PyTorch, eager and under `torch.compile`.
 
 Written as well as its users write it: the held encoder in evaluation mode, under `no_grad` where
 nothing in it moves, SDPA attention, fused AdamW over what moves and without decay on biases and
@@ -14,6 +14,7 @@ from benchmarks.measure import Timed, say, threads, why
 from benchmarks.shapes import Shape, config_of
 
 COMPILED = ("head", "last_block", "full")
+MODELS = {"bert": "BertModel", "vit": "ViTModel", "resnet": "ResNetModel", "llama": "LlamaModel"}
 
 
 class Peer(NamedTuple):
@@ -34,7 +35,7 @@ class _Torch(NamedTuple):
     body: Any
     head: Any
     run: Callable[..., Any]
-    pooling: str
+    family: str
     inputs: Mapping[str, Any]
     labels: Any
     autocast: Callable[[], Any]
@@ -103,15 +104,17 @@ def _peer(made: _Torch, cases: Mapping[str, Case]) -> Peer:
 
 def _build(shape: Shape, batch: Mapping[str, Any], dropout: float | None, dtype: str) -> _Torch:
     import torch
-    from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+    import transformers
 
     torch.set_num_threads(threads())
-    config, model = {"bert": (BertConfig, BertModel), "vit": (ViTConfig, ViTModel)}[shape.family]
+    model = getattr(transformers, MODELS[shape.family])
     torch.manual_seed(0)
     device = _device()
-    body = model(config(**config_of(shape, dropout)), add_pooling_layer=False).to(device)
-    head = torch.nn.Linear(body.config.hidden_size, 2).to(device)
-    if shape.family == "vit":
+    options = {"add_pooling_layer": False} if shape.family in ("bert", "vit") else {}
+    body = model(model.config_class(**config_of(shape, dropout)), **options).to(device)
+    width = getattr(body.config, "hidden_size", None) or body.config.hidden_sizes[-1]
+    head = torch.nn.Linear(width, 2).to(device)
+    if "pixel_values" in batch:
         pixels = torch.as_tensor(batch["pixel_values"]).permute(0, 3, 1, 2).contiguous()
         inputs = {"pixel_values": pixels.to(device)}
     else:
@@ -124,8 +127,7 @@ def _build(shape: Shape, batch: Mapping[str, Any], dropout: float | None, dtype:
             return contextlib.nullcontext()
         return torch.autocast(device, getattr(torch, dtype))
 
-    pooling = "cls" if shape.family == "vit" else "mean"
-    return _Torch(body, head, body, pooling, inputs, labels, autocast)
+    return _Torch(body, head, body, shape.family, inputs, labels, autocast)
 
 
 def _device() -> str:
@@ -143,9 +145,14 @@ def _wait() -> None:
 
 
 def _pooled(made: _Torch, inputs: Mapping[str, Any]) -> Any:
-    hidden = made.run(**inputs).last_hidden_state
-    if made.pooling == "cls":
+    out = made.run(**inputs)
+    if made.family == "resnet":
+        return out.pooler_output.flatten(1).float()
+    hidden = out.last_hidden_state
+    if made.family == "vit":
         return hidden[:, 0].float()
+    if made.family == "llama":  # every text is full
+        return hidden[:, -1].float()
     weight = inputs["attention_mask"][:, :, None].float()
     return (hidden.float() * weight).sum(1) / weight.sum(1)
 
