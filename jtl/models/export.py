@@ -38,6 +38,7 @@ _KINDS = {
     "Contrastive": head_kinds.Contrastive,
     "Distilled": head_kinds.Distilled,
     "Linear": head_kinds.Linear,
+    "MaskedImage": head_kinds.MaskedImage,
     "MaskedLM": head_kinds.MaskedLM,
     "ReplacedToken": head_kinds.ReplacedToken,
     "Span": head_kinds.Span,

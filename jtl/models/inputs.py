@@ -1,6 +1,7 @@
 """The preprocessing that travels with the weights: found in the folder of a checkpoint."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ _INPUT_FILES = {
     "text": ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model"),
     "image": ("preprocessor_config.json", "processor_config.json"),
 }
+_INPUT_FILES["image_text"] = _INPUT_FILES["text"] + _INPUT_FILES["image"]
+_OPEN_CLIP = "open_clip_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,7 @@ class MissingInputs:
     modality: str
     folder: str
 
-    def __call__(self, raw: Any) -> Any:
+    def __call__(self, *raw: Any, **named: Any) -> Any:
         """Refuse: nobody knows what these weights were fed with."""
         files = _INPUT_FILES[self.modality]
         raise ValueError(
@@ -41,7 +44,13 @@ def load_inputs(folder: Path, modality: str, config: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: its files are damaged, or are for other inputs.
     """
+    if modality == "image_text":
+        return _pair(folder, config)
     if not any((folder / name).is_file() for name in _INPUT_FILES[modality]):
+        if modality == "image" and (folder / _OPEN_CLIP).is_file():
+            from jtl.data.open_clip import open_clip_inputs
+
+            return open_clip_inputs(json.loads((folder / _OPEN_CLIP).read_text(encoding="utf-8")))
         if modality == "image" and config.get("pretrained_cfg"):
             from jtl.data.images import timm_inputs
 
@@ -54,6 +63,16 @@ def load_inputs(folder: Path, modality: str, config: Mapping[str, Any]) -> Any:
     from jtl.data.images import load_image_inputs
 
     return load_image_inputs(folder, config)
+
+
+def _pair(folder: Path, config: Mapping[str, Any]) -> Any:
+    from jtl.data.pairs import pair_inputs
+
+    text = load_inputs(folder, "text", config.get("text_config", {}))
+    images = load_inputs(folder, "image", config.get("vision_config", {}))
+    if isinstance(text, MissingInputs) and isinstance(images, MissingInputs):
+        return MissingInputs("image_text", str(folder))
+    return pair_inputs(text, images, config)
 
 
 def adapted_inputs(

@@ -33,6 +33,19 @@ _PATCHES = dict(
 )
 # The tests' tokens are 3 to 30: the largest one ends a text.
 _CLIP_TEXT = dict(_TEXT, hidden_size=12, num_hidden_layers=1, eos_token_id=2)
+_DEBERTA = dict(
+    _TEXT,
+    relative_attention=True,
+    pos_att_type="p2c|c2p",
+    position_buckets=4,
+    share_att_key=True,
+    norm_rel_ebd="layer_norm",
+    position_biased_input=False,
+    conv_kernel_size=3,
+)
+_DINOV2 = {**_PATCHES, "mlp_ratio": 2, "intermediate_size": None}
+
+_CONVNEXT = dict(hidden_sizes=[8, 16], depths=[1, 1], layer_scale_init_value=1.0)
 
 
 class Case(NamedTuple):
@@ -54,7 +67,12 @@ CASES: dict[str, Case] = {
     "clip": Case(dict(text_config=_CLIP_TEXT, vision_config=_PATCHES, projection_dim=8)),
     "clip_text_model": Case(_CLIP_TEXT),
     "clip_vision_model": Case(_PATCHES),
+    "convnext": Case(_CONVNEXT),
+    "convnextv2": Case(_CONVNEXT),
+    "deberta-v2": Case(_DEBERTA),
     "deit": Case(_PATCHES),
+    "dinov2": Case({**_DINOV2, "use_swiglu_ffn": True}),
+    "dinov2_with_registers": Case({**_DINOV2, "num_register_tokens": 2}),
     "gpt2": Case(_GPT),
     "gpt_bigcode": Case(_GPT),
     "llama": Case(_GROUPED),
@@ -65,6 +83,7 @@ CASES: dict[str, Case] = {
     "resnet": Case(dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
     "starcoder2": Case(_GROUPED),
     "vit": Case(_PATCHES),
+    "vit_mae": Case(_PATCHES),
 }
 
 

@@ -17,9 +17,13 @@ TABLE: dict[str, str] = {
     "clip": "clip:CLIP",
     "clip_text_model": "clip:CLIP_TEXT",
     "clip_vision_model": "clip:CLIP_VISION",
+    "convnext": "convnext:CONVNEXT",
+    "convnextv2": "convnext:CONVNEXTV2",
     "cxr-bert": "bert:CXR_BERT",
     "deberta-v2": "deberta:DEBERTA_V2",
     "deit": "vit:DEIT",
+    "dinov2": "dinov2:DINOV2",
+    "dinov2_with_registers": "dinov2:DINOV2_WITH_REGISTERS",
     "gpt2": "gpt:GPT2",
     "gpt_bigcode": "gpt:GPT_BIGCODE",
     "llama": "llama:LLAMA",
@@ -30,6 +34,7 @@ TABLE: dict[str, str] = {
     "resnet": "resnet:RESNET",
     "starcoder2": "starcoder:STARCODER2",
     "vit": "vit:VIT",
+    "vit_mae": "mae:VIT_MAE",
 }
 
 

@@ -9,6 +9,7 @@ from jtl.models.heads.contrastive import Contrastive
 from jtl.models.heads.distilled import Distilled
 from jtl.models.heads.language import CausalLM, MaskedLM
 from jtl.models.heads.linear import Linear
+from jtl.models.heads.masked_image import MaskedImage, reconstruction_loss
 from jtl.models.heads.pooling import POOLINGS, pool
 from jtl.models.heads.tokens import ReplacedToken, Span, TokenLinear, TokenProjection
 from jtl.models.heads.two_layer import TwoLayer
@@ -18,6 +19,7 @@ __all__ = [
     "CausalLM",
     "Contrastive",
     "Linear",
+    "MaskedImage",
     "MaskedLM",
     "ReplacedToken",
     "Span",
@@ -25,4 +27,5 @@ __all__ = [
     "TokenProjection",
     "TwoLayer",
     "pool",
+    "reconstruction_loss",
 ]
