@@ -22,6 +22,15 @@ _TEXT = dict(
 )
 _GPT = dict(vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.3)
 _GROUPED = dict(_TEXT, num_key_value_heads=1)
+_DISTIL = dict(
+    vocab_size=31,
+    dim=16,
+    n_layers=2,
+    n_heads=2,
+    hidden_dim=24,
+    max_position_embeddings=16,
+    initializer_range=0.3,
+)
 _PATCHES = dict(
     hidden_size=16,
     num_hidden_layers=2,
@@ -63,27 +72,33 @@ class Case(NamedTuple):
 # {model_type: case}, in the order of the alphabet.
 CASES: dict[str, Case] = {
     "bert": Case(_TEXT),
-    "cxr-bert": Case(dict(_TEXT, projection_size=6)),
+    "camembert": Case(_TEXT),
     "clip": Case(dict(text_config=_CLIP_TEXT, vision_config=_PATCHES, projection_dim=8)),
     "clip_text_model": Case(_CLIP_TEXT),
     "clip_vision_model": Case(_PATCHES),
     "convnext": Case(_CONVNEXT),
     "convnextv2": Case(_CONVNEXT),
+    "cxr-bert": Case(dict(_TEXT, projection_size=6)),
     "deberta-v2": Case(_DEBERTA),
     "deit": Case(_PATCHES),
     "dinov2": Case({**_DINOV2, "use_swiglu_ffn": True}),
     "dinov2_with_registers": Case({**_DINOV2, "num_register_tokens": 2}),
+    "distilbert": Case(_DISTIL),
+    "electra": Case(dict(_TEXT, embedding_size=8)),
     "gpt2": Case(_GPT),
     "gpt_bigcode": Case(_GPT),
     "llama": Case(_GROUPED),
     "mistral": Case(dict(_GROUPED, sliding_window=2)),
     "mlp": Case(dict(image_size=6, hidden_sizes=[16, 16, 8])),
+    "mpnet": Case(dict(_TEXT, max_position_embeddings=18)),
     "qwen2": Case(_GROUPED),
     "qwen3": Case(dict(_GROUPED, head_dim=8)),
     "resnet": Case(dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
+    "roberta": Case(_TEXT),
     "starcoder2": Case(_GROUPED),
     "vit": Case(_PATCHES),
     "vit_mae": Case(_PATCHES),
+    "xlm-roberta": Case(_TEXT),
 }
 
 

@@ -14,6 +14,7 @@ from jtl.models.backbone import Family
 # {model_type: "file:NAME of its Family"}
 TABLE: dict[str, str] = {
     "bert": "bert:BERT",
+    "camembert": "roberta:CAMEMBERT",
     "clip": "clip:CLIP",
     "clip_text_model": "clip:CLIP_TEXT",
     "clip_vision_model": "clip:CLIP_VISION",
@@ -24,17 +25,22 @@ TABLE: dict[str, str] = {
     "deit": "vit:DEIT",
     "dinov2": "dinov2:DINOV2",
     "dinov2_with_registers": "dinov2:DINOV2_WITH_REGISTERS",
+    "distilbert": "distilbert:DISTILBERT",
+    "electra": "electra:ELECTRA",
     "gpt2": "gpt:GPT2",
     "gpt_bigcode": "gpt:GPT_BIGCODE",
     "llama": "llama:LLAMA",
     "mistral": "mistral:MISTRAL",
     "mlp": "mlp:FAMILY",
+    "mpnet": "mpnet:MPNET",
     "qwen2": "qwen:QWEN2",
     "qwen3": "qwen:QWEN3",
     "resnet": "resnet:RESNET",
+    "roberta": "roberta:ROBERTA",
     "starcoder2": "starcoder:STARCODER2",
     "vit": "vit:VIT",
     "vit_mae": "mae:VIT_MAE",
+    "xlm-roberta": "roberta:XLM_ROBERTA",
 }
 
 

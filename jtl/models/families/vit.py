@@ -22,6 +22,7 @@ from jtl.models.heads import pool
 from jtl.models.heads.pretrained import classification, distilled
 from jtl.models.layers import Dropout, activation, layer_norm, pixels
 from jtl.models.layers.patches import Patches, grid, pair
+from jtl.models.layers.sincos import sincos_2d
 from jtl.models.layers.vit_encoder import Encoder, EncoderConfig, check_heads, dense
 from jtl.models.resize import channels_of, positions_of
 
@@ -34,6 +35,7 @@ class ViTConfig:
 
     `image_size` and `patch_size` are (height, width). `pre_norm` is a LayerNorm on the embeddings,
     which timm's CLIP has. `tokens` is the number of tokens before the patches: 1, with DeiT's 2.
+    `sincos` has the positions begin as MAE's fixed sines and cosines.
     """
 
     encoder: EncoderConfig
@@ -44,6 +46,7 @@ class ViTConfig:
     pooler_output_size: int | None = None
     pre_norm: bool = False
     tokens: int = 1
+    sincos: bool = False
 
     @property
     def patches(self) -> int:
@@ -66,7 +69,7 @@ def vit_config(config: Mapping[str, Any]) -> ViTConfig:
     >>> vit_config(dict(sizes, intermediate_size=8, image_size=[8, 12], patch_size=4)).patches
     6
     """
-    fields = [*dataclasses.fields(EncoderConfig), *dataclasses.fields(ViTConfig)[1:-1]]
+    fields = [*dataclasses.fields(EncoderConfig), *dataclasses.fields(ViTConfig)[1:-2]]
     needed = [field.name for field in fields if field.default is dataclasses.MISSING]
     missing = [name for name in needed if config.get(name) is None]
     if missing:
@@ -78,8 +81,9 @@ def vit_config(config: Mapping[str, Any]) -> ViTConfig:
     inner = {f.name: own.pop(f.name) for f in dataclasses.fields(EncoderConfig) if f.name in own}
     for name in ("image_size", "patch_size"):
         own[name] = pair(own[name], name)
-    tokens = 2 if config.get("model_type") == "deit" else 1
-    made = ViTConfig(EncoderConfig(**inner), tokens=tokens, **own)
+    kind = config.get("model_type")
+    tokens = 2 if kind == "deit" else 1
+    made = ViTConfig(EncoderConfig(**inner), tokens=tokens, sincos=kind == "vit_mae", **own)
     check_heads(made.encoder.hidden_size, made.encoder.num_attention_heads)
     grid(made.image_size, made.patch_size)
     activation(made.encoder.hidden_act)
@@ -107,7 +111,9 @@ class Embeddings(nn.Module):
         names = ("cls_token", "distillation_token")[: config.tokens]
         first = jnp.concatenate([self.param(name, init, (1, 1, width)) for name in names], axis=1)
         shape = (1, config.patches + config.tokens, width)
-        places = self.param("position_embeddings", init, shape)
+        places = self.param("position_embeddings", self._fixed if config.sincos else init, shape)
+        if keep is not None:  # while patches are hidden the positions do not learn
+            places = jax.lax.stop_gradient(places)
         patches = Patches(
             width, config.patch_size, scale, dtype=self.dtype, name="patch_embeddings"
         )(images)
@@ -122,6 +128,10 @@ class Embeddings(nn.Module):
         if config.pre_norm:
             hidden = layer_norm(inner.layer_norm_eps, self.dtype, name="norm_pre")(hidden)
         return hidden
+
+    def _fixed(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        rows, columns = grid(self.config.image_size, self.config.patch_size)
+        return jnp.asarray(sincos_2d(rows, columns, shape[-1], before=self.config.tokens))[None]
 
 
 class _Pooler(nn.Module):
