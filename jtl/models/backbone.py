@@ -91,6 +91,7 @@ class Family(NamedTuple):
             where it is the whole.
         dims: `(config, pooling) -> width of out["pooled"]` where it hangs on the pooling; None has
             `dim` say it.
+        longest: `config -> tokens` of the longest text; None has `max_position_embeddings` say it.
         complete: `config -> config` with defaults, for a family that transformers does not have;
             None has transformers' own config class fill them in.
         resize: `(params, config, size) -> (params, config)` for images of another (height, width);
@@ -115,6 +116,7 @@ class Family(NamedTuple):
     ignored: tuple[str, ...] = ()
     layout: Callable[[Any, Mapping[str, Any]], Any] | None = None
     part: str = ""
+    longest: Callable[[Mapping[str, Any]], int] | None = None
     dims: Callable[[Mapping[str, Any], str], int] | None = None
     complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     resize: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None

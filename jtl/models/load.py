@@ -77,7 +77,8 @@ def load_backbone(
         source=str(name),
     )
     trees = _complete(trees, module, row.example(config), key)
-    inputs = load_inputs(checkpoint.folder, row.modality, config)
+    stated = {} if row.longest is None else {"max_position_embeddings": row.longest(config)}
+    inputs = load_inputs(checkpoint.folder, row.modality, {**config, **stated})
     if image_size is not None or channels is not None:
         sizes = dict(image_size=image_size, channels=channels, new_channels=new_channels)
         trees["params"], config = resize.adapted(row, trees["params"], config, **sizes, place=place)

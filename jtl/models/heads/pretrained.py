@@ -96,6 +96,7 @@ def masked_lm(
     rules: Rules,
     *,
     dim: str = "hidden_size",
+    hidden_act: str = "hidden_act",
     fixed: Mapping[str, Any] | None = None,
 ) -> PretrainedHead:
     """Return the row of BERT's masked-LM head: dense, activation, LayerNorm, tied decoder.
@@ -104,7 +105,8 @@ def masked_lm(
         class_name: of transformers.
         rules: where dense, LayerNorm and bias lie.
         dim: field of the config with the width of the word embedding.
-        fixed: {field of `MaskedLM`: its value}, in place of `hidden_act` and `layer_norm_eps`.
+        hidden_act: field of the config with the activation.
+        fixed: {field of `MaskedLM`: its value}, whatever the config has.
     """
     fixed = fixed or {}
 
@@ -117,8 +119,8 @@ def masked_lm(
         return MaskedLM(
             dim=config[dim],
             vocabulary=config["vocab_size"],
-            activation=fixed.get("activation") or config["hidden_act"],
-            epsilon=fixed.get("epsilon") or config["layer_norm_eps"],
+            activation=fixed["activation"] if "activation" in fixed else config[hidden_act],
+            epsilon=fixed["epsilon"] if "epsilon" in fixed else config["layer_norm_eps"],
         )
 
     return PretrainedHead(class_name, MaskedLM, make, rules, fields=fixed)
