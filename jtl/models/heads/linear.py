@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jtl.models.heads.pooling import pool
+from jtl.models.heads.pooling import AttentionPool, pool
 from jtl.models.heads.start import kernel_init
 from jtl.models.layers.dropout import Dropout
 
@@ -18,8 +18,9 @@ class Linear(nn.Module):
     Attributes:
         outputs: number of classes or of regressed values.
         dropout: rate of dropout before the layer, in phases in which the head is live.
-        pooling: None for the backbone's own pooling, "cls", "last" or "mean" of its tokens.
-        start: of the kernel, "normal" (standard deviation 0.02) or "zeros".
+        pooling: None for the backbone's own pooling; of its tokens "cls", "last", "mean", or
+            "attention", whose weights are the head's own.
+        start: of the kernel, see `start.kernel_init`.
         bias: whether the layer has one.
     """
 
@@ -41,7 +42,11 @@ class Linear(nn.Module):
         self, out: Mapping[str, jax.Array], batch: Mapping[str, Any], live: bool = False
     ) -> jax.Array:
         """Return float32 logits (n, outputs)."""
-        features = pool(out, batch, self.pooling).astype(jnp.float32)
+        if self.pooling == "attention":
+            mask = batch.get("attention_mask")
+            features = AttentionPool(name="attention")(out["tokens"], mask)
+        else:
+            features = pool(out, batch, self.pooling).astype(jnp.float32)
         features = Dropout(self.dropout, deterministic=not live)(features)
         init = kernel_init(self.start)
         dense = nn.Dense(self.outputs, use_bias=self.bias, kernel_init=init, name="classifier")

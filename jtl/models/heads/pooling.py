@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -48,3 +49,20 @@ def _last(tokens: jax.Array, mask: Any) -> jax.Array:
     places = jnp.arange(tokens.shape[1])[None, :] * jnp.asarray(mask).astype(bool)
     last = jnp.argmax(places, axis=1)[:, None, None]
     return jnp.take_along_axis(tokens, last, axis=1)[:, 0]
+
+
+class AttentionPool(nn.Module):
+    """A mean over positions whose weights are a softmax of products with one trained vector.
+
+    The vector begins as zeros, so that pooling begins as the mean over real positions.
+    """
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, mask: Any = None) -> jax.Array:
+        """Return float32 (n, dim) from tokens (n, positions, dim) and mask (n, positions)."""
+        tokens = tokens.astype(jnp.float32)
+        query = self.param("query", nn.initializers.zeros, (tokens.shape[-1],))
+        scores = jnp.einsum("npd,d->np", tokens, query) / jnp.sqrt(tokens.shape[-1])
+        if mask is not None and mask.shape == scores.shape:
+            scores = jnp.where(jnp.asarray(mask).astype(bool), scores, jnp.finfo(jnp.float32).min)
+        return jnp.einsum("np,npd->nd", jax.nn.softmax(scores, axis=-1), tokens)
