@@ -25,7 +25,12 @@ import numpy as np
 
 from jtl.models.backbone import Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.heads.pretrained import causal_lm, classification
+from jtl.models.heads.pretrained import (
+    causal_lm,
+    classification,
+    question_answering,
+    token_classification,
+)
 from jtl.models.layers import Dropout, activation, attention, flat_dot, layer_norm
 from jtl.models.layers.feed_forward import MLP
 from jtl.models.layers.positions import positions
@@ -114,7 +119,7 @@ class _Attention(nn.Module):
         drop = None
         if live and config.attn_pdrop > 0:
             drop = Dropout(config.attn_pdrop, deterministic=False)
-        options = dict(mask=mask, causal=True, scale=scale, dropout=drop)
+        options: dict[str, Any] = dict(mask=mask, causal=True, scale=scale, dropout=drop)
         mixed = attention(query, key, value, **options).reshape(hidden.shape)
         return self._dense(dim, "c_proj", _last_scale(config))(mixed)
 
@@ -269,11 +274,13 @@ GPT_BIGCODE = Family(
     class_name="GPTBigCodeModel",
     prefix="transformer",
     table="wte/embedding",
+    longest=lambda config: config["n_positions"],
     heads={
         "causal_lm": causal_lm("GPTBigCodeForCausalLM"),
         "classification": classification(
             "GPTBigCodeForSequenceClassification", "last", "score", bias=False
         ),
+        "token_classification": token_classification("GPTBigCodeForTokenClassification"),
     },
 )
 GPT2 = GPT_BIGCODE._replace(
@@ -287,5 +294,7 @@ GPT2 = GPT_BIGCODE._replace(
         "classification": classification(
             "GPT2ForSequenceClassification", "last", "score", bias=False
         ),
+        "token_classification": token_classification("GPT2ForTokenClassification"),
+        "question_answering": question_answering("GPT2ForQuestionAnswering"),
     },
 )

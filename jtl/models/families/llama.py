@@ -20,7 +20,12 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import Batch, Family, Out, Rules, run_stages
 from jtl.models.heads import pool
-from jtl.models.heads.pretrained import causal_lm, classification
+from jtl.models.heads.pretrained import (
+    causal_lm,
+    classification,
+    question_answering,
+    token_classification,
+)
 from jtl.models.layers import (
     Dropout,
     RMSNorm,
@@ -149,30 +154,6 @@ def decoder_config(
         epsilon=float(config.get(epsilon) or 1e-6),
         **taken,
     )
-
-
-def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Return the window of each block from `layer_types`, `sliding_window`, `use_sliding_window`.
-
-    Raises:
-        ValueError: the kinds are not as many as the blocks, or one is not known.
-
-    >>> kinds = ["full_attention", "sliding_attention"]
-    >>> layer_windows(dict(num_hidden_layers=2, layer_types=kinds, sliding_window=8))
-    (None, 8)
-    """
-    kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    known = {"full_attention": None, "sliding_attention": window}
-    wrong = set(kinds) - set(known)
-    unset = window is None and "sliding_attention" in kinds
-    if wrong or unset or len(kinds) != config["num_hidden_layers"]:
-        raise ValueError(
-            f"layer_types is {kinds} and the window {window}, of {config['num_hidden_layers']} "
-            f"blocks; each block has one of {sorted(known)}, the latter with a window; "
-            "correct layer_types, sliding_window or use_sliding_window in config.json"
-        )
-    return tuple(known[kind] for kind in kinds)
 
 
 def _norm(config: DecoderConfig, dtype: Any, name: str) -> nn.Module:
@@ -339,7 +320,11 @@ def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def decoder_family(
-    model_type: str, classes: str, read: Callable[[Mapping[str, Any]], DecoderConfig]
+    model_type: str,
+    classes: str,
+    read: Callable[[Mapping[str, Any]], DecoderConfig],
+    *,
+    spans: str | None = "transformer",
 ) -> Family:
     """Return the row of a family of this architecture.
 
@@ -347,6 +332,7 @@ def decoder_family(
         model_type: of `config.json`.
         classes: what the names of its classes in transformers begin with, such as "Llama".
         read: from `config.json` to the fields that the decoder reads.
+        spans: what its class for question answering calls the backbone; None where there is none.
     """
 
     def make(config: Mapping[str, Any], pooling: str, dtype: Any = jnp.float32) -> Decoder:
@@ -356,7 +342,15 @@ def decoder_family(
             )
         return Decoder(read(config), pooling, dtype)
 
-    score = f"{classes}ForSequenceClassification"
+    whole = f"{classes}ForSequenceClassification"
+    heads = {
+        "causal_lm": causal_lm(f"{classes}ForCausalLM"),
+        "classification": classification(whole, "last", "score", bias=False),
+        "token_classification": token_classification(f"{classes}ForTokenClassification", "score"),
+    }
+    if spans is not None:
+        answers = question_answering(f"{classes}ForQuestionAnswering")
+        heads["question_answering"] = answers._replace(prefix=spans)
     return Family(
         model_type=model_type,
         modality="text",
@@ -373,10 +367,7 @@ def decoder_family(
         class_name=f"{classes}Model",
         prefix="model",
         table="embed_tokens/embedding",
-        heads={
-            "causal_lm": causal_lm(f"{classes}ForCausalLM"),
-            "classification": classification(score, "last", "score", bias=False),
-        },
+        heads=heads,
     )
 
 

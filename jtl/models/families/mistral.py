@@ -14,4 +14,4 @@ def _mistral(config: Mapping[str, Any]) -> DecoderConfig:
     return decoder_config(config, windows=windows)
 
 
-MISTRAL = decoder_family("mistral", "Mistral", _mistral)
+MISTRAL = decoder_family("mistral", "Mistral", _mistral, spans="model")

@@ -9,12 +9,31 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jtl.models.families.llama import (
-    DecoderConfig,
-    decoder_config,
-    decoder_family,
-    layer_windows,
-)
+from jtl.models.families.llama import DecoderConfig, decoder_config, decoder_family
+
+
+def layer_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Return the window of each block from `layer_types`, `sliding_window`, `use_sliding_window`.
+
+    Raises:
+        ValueError: the kinds are not as many as the blocks, or one is not known.
+
+    >>> kinds = ["full_attention", "sliding_attention"]
+    >>> layer_windows(dict(num_hidden_layers=2, layer_types=kinds, sliding_window=8))
+    (None, 8)
+    """
+    kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    known = {"full_attention": None, "sliding_attention": window}
+    wrong = set(kinds) - set(known)
+    unset = window is None and "sliding_attention" in kinds
+    if wrong or unset or len(kinds) != config["num_hidden_layers"]:
+        raise ValueError(
+            f"layer_types is {kinds} and the window {window}, of {config['num_hidden_layers']} "
+            f"blocks; each block has one of {sorted(known)}, the latter with a window; "
+            "correct layer_types, sliding_window or use_sliding_window in config.json"
+        )
+    return tuple(known[kind] for kind in kinds)
 
 
 def _qwen2(config: Mapping[str, Any]) -> DecoderConfig:

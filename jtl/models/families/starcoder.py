@@ -20,4 +20,4 @@ def _starcoder2(config: Mapping[str, Any]) -> DecoderConfig:
     return dataclasses.replace(made, gated=False, centred=True)
 
 
-STARCODER2 = decoder_family("starcoder2", "Starcoder2", _starcoder2)
+STARCODER2 = decoder_family("starcoder2", "Starcoder2", _starcoder2, spans=None)

@@ -140,7 +140,7 @@ def causal_lm(class_name: str, *, tied: bool | None = None, at: str = "lm_head")
         return CausalLM(vocabulary=config["vocab_size"], tied=shared)
 
     rules = (("kernel", f"{at}.weight", "dense"), ("bias", f"{at}.bias", "same"))
-    return PretrainedHead(class_name, CausalLM, make, rules)
+    return PretrainedHead(class_name, CausalLM, make, rules, fields={"bias": False})
 
 
 def distilled(class_name: str) -> PretrainedHead:
