@@ -134,6 +134,10 @@ def _no_weights(folder: Path, files: list[str]) -> str:
 
 def _opened(path: Path, key: str | None) -> tuple[str, _Opened]:
     """Return the layout of a file or an index of shards, and what is in it."""
+    if not path.is_file():
+        raise ValueError(
+            f"{str(path)!r} is missing; beside it lie {_files(path.parent)}; correct file="
+        )
     ending = Path(path.name.removesuffix(INDEX)).suffix
     if ending not in _LAYOUTS:
         raise ValueError(

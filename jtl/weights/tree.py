@@ -10,7 +10,10 @@ from jtl.weights.checkpoint import Checkpoint, Tensor
 
 
 def from_tree(params: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Return a tree of arrays as a checkpoint of layout "flax"; nothing is copied.
+    """Return a tree of arrays as a checkpoint of layout "flax".
+
+    Arrays of jax are handed on as they are; arrays of numpy are copied when they are read, since
+    jax may take their memory for its own and would see what is written into them later.
 
     Args:
         params: a dict of dicts, frozen or plain, with our own names and kernel layouts, such as
@@ -32,7 +35,12 @@ def from_tree(params: Mapping[str, Any], config: Mapping[str, Any] | None = None
                 "give a tree of arrays"
             )
     names = {name: Tensor(tuple(x.shape), np.dtype(x.dtype)) for name, x in flat.items()}
-    return Checkpoint("flax", names, flat.__getitem__, dict(config or {}), Path("memory"))
+
+    def get(name: str) -> Any:
+        leaf = flat[name]
+        return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+    return Checkpoint("flax", names, get, dict(config or {}), Path("memory"))
 
 
 def _leaves(tree: Any, path: str) -> list[tuple[str, Any]]:

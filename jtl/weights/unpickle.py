@@ -84,36 +84,47 @@ def unpickle(file: io.BufferedIOBase, path: Path) -> tuple[Any, dict[str, int]]:
         """The unpickler; `find_class` is the only way from a name to an object."""
 
         def find_class(self, module: str, name: str) -> Any:
-            module = "builtins" if module == "__builtin__" else module  # its name in Python 2
-            found = allowed.get(f"{module}.{name}")
-            if found is None and module in ("torch", "torch.cuda", "torch.storage"):
-                found = _STORAGES.get(name)
-            if found is None:
-                raise Refused(
-                    f"{str(path)!r} asks for {module}.{name}, which is no tensor and no plain "
-                    f"value, and making one could run code; jtl builds {_SHORT}; open the file "
-                    "once where its own project is installed, and save what state_dict() gives by "
-                    "torch.save or safetensors.torch.save_file"
-                )
-            return found
+            return _found(allowed, module, name, path)
 
         def persistent_load(self, pid: Any) -> Storage:
-            if not isinstance(pid, tuple) or pid[0] != "storage":
-                raise Refused(
-                    f"{str(path)!r} holds a whole module, which is code; it refers to {pid!r:.80}; "
-                    "save what its state_dict() gives by torch.save"
-                )
-            _, kind, key, _, count, *view = pid
-            dtype = np.dtype(_DTYPES[kind])
-            whole = Storage(str(key), dtype, 0, count * dtype.itemsize)
-            storages[str(key)] = whole.size
-            if not view or view[0] is None:
-                return whole
-            _, offset, length = view[0]
-            return whole._replace(start=offset * dtype.itemsize, size=length * dtype.itemsize)
+            whole, part = _storage(pid, path)
+            storages[whole.key] = whole.size
+            return part
 
     # Names that Python 2 wrote are bytes, which are text in this encoding.
     return Restricted(file, encoding="latin1").load(), storages
+
+
+def _found(allowed: Mapping[str, Any], module: str, name: str, path: Path) -> Any:
+    module = "builtins" if module == "__builtin__" else module  # its name in Python 2
+    found = allowed.get(f"{module}.{name}")
+    if found is None and module in ("torch", "torch.cuda", "torch.storage"):
+        found = _STORAGES.get(name)
+    if found is None:
+        raise Refused(
+            f"{str(path)!r} asks for {module}.{name}, which is no tensor and no plain value, and "
+            f"making one could run code; jtl builds {_SHORT}; open the file once where its own "
+            "project is installed, and save what state_dict() gives by torch.save or "
+            "safetensors.torch.save_file"
+        )
+    return found
+
+
+def _storage(pid: Any, path: Path) -> tuple[Storage, Storage]:
+    """Return the storage that a reference in the pickle names, whole and the part that is meant."""
+    if not isinstance(pid, tuple) or pid[0] != "storage":
+        raise Refused(
+            f"{str(path)!r} holds a whole module, which is code; it refers to {pid!r:.80}; "
+            "save what its state_dict() gives by torch.save"
+        )
+    _, kind, key, _, count, *view = pid
+    dtype = np.dtype(_DTYPES[kind])
+    whole = Storage(str(key), dtype, 0, count * dtype.itemsize)
+    if not view or view[0] is None:
+        return whole, whole
+    _, offset, length = view[0]
+    part = whole._replace(start=offset * dtype.itemsize, size=length * dtype.itemsize)
+    return whole, part
 
 
 def _allowed() -> dict[str, Any]:

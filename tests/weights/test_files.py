@@ -211,7 +211,7 @@ def test_several_loose_files_are_told_apart_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"holds \['a.npz', 'b.npz', 'config.*; name .*file="):
         read(tmp_path)
     assert read(tmp_path, file="b.npz").get("w") == 98
-    with pytest.raises(ValueError, match="c.npz' is cut off or no archive"):
+    with pytest.raises(ValueError, match="c.npz' is missing; beside it lie .*correct file="):
         read(tmp_path, file="c.npz")
 
 

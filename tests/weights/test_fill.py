@@ -176,3 +176,12 @@ def test_a_leaf_that_is_on_the_device_is_taken_as_it_is():
     assert trees["params"]["norm"]["scale"] is leaf
     wide = {"params": {"norm": {"scale": _leaf(3, dtype=jnp.bfloat16)}}}
     assert fill(wide, checkpoint)[0]["params"]["norm"]["scale"].dtype == jnp.bfloat16
+
+
+def test_what_is_written_into_a_tree_of_numpy_later_is_not_seen():
+    raw = np.zeros(4 * 256 + 64, np.uint8)
+    start = -raw.ctypes.data % 64  # memory that jax would take for its own
+    scale = raw[start : start + 4 * 256].view(np.float32)
+    trees, _ = fill({"params": {"scale": _leaf(256)}}, from_tree({"scale": scale}))
+    scale[:] = 7
+    np.testing.assert_array_equal(trees["params"]["scale"], np.zeros(256))

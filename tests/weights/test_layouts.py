@@ -1,5 +1,6 @@
 """Transforms of checkpoints: names, parts, laziness, and what is refused."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -137,10 +138,10 @@ def test_mapped_holds_the_function_to_its_shape(tmp_path):
         mapped(checkpoint, "w", lambda x: x.sum(0)).get("w")
 
 
-def test_a_tree_in_memory_is_not_copied():
+def test_a_tree_in_memory_frozen_or_plain():
     from flax.core import freeze
 
-    kernel, mean = np.ones((2, 3), np.float32), np.zeros(3, np.float32)
+    kernel, mean = jnp.ones((2, 3)), np.zeros(3, np.float32)
     tree = {"params": {"a": {"kernel": kernel}}, "batch_stats": {"n": {"mean": mean}}}
     for given in (tree, freeze(tree)):
         checkpoint = from_tree(given, {"model_type": "resnet"})

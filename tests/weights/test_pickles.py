@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jtl.weights import read
+from jtl.weights import read, unpickle
 from jtl.weights.pickles import contents, read_pickle
 
 STORAGES = {
@@ -303,7 +303,7 @@ def test_one_file_cannot_change_how_the_next_is_read(tmp_path):
     array, function = np.ones(2, np.float32), Global("torch._utils", "_rebuild_tensor")
     pickler = Pickler(raw := io.BytesIO())
     pickler.save(function)
-    pickler.save((None, {"__kwdefaults__": {"dtype": "float64", "metadata": ()}}))
+    pickler.save((None, {"__kwdefaults__": {"dtype": "float64"}, "changed": True}))
     pickler.write(pickle.BUILD + pickle.STOP)
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("archive/data.pkl", raw.getvalue())
@@ -311,6 +311,7 @@ def test_one_file_cannot_change_how_the_next_is_read(tmp_path):
         read_pickle(tmp_path / "x.pt")
     value = {"w": Call(function, _Storage(array, None), 0, (2,), (1,))}
     assert read_pickle(write_zip(tmp_path / "y.pt", value))[0]["w"].dtype == np.float32
+    assert not any(hasattr(item, "changed") for item in vars(unpickle).values())
 
 
 def test_a_whole_module_and_a_program_are_refused(tmp_path):
