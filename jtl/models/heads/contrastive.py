@@ -35,7 +35,8 @@ class Contrastive(nn.Module):
             )
         images, texts = (_unit(out[name]) for name in ("image_embeds", "text_embeds"))
         logits = jnp.exp(out["logit_scale"].astype(jnp.float32)) * (images @ texts.T)
-        return logits + out["logit_bias"].astype(jnp.float32) if "logit_bias" in out else logits
+        bias = out.get("logit_bias")
+        return logits if bias is None else logits + bias.astype(jnp.float32).reshape(())
 
 
 def _unit(x: jax.Array) -> jax.Array:
