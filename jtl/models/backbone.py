@@ -13,7 +13,7 @@ any block and each stage can run in training or evaluation mode by itself:
 family with two streams (an encoder's output beside a decoder's) puts them into one by
 `layers.pack`. What blocks and top read beside it is named by `module.beside`, columns of the raw
 batch; where a module says nothing, that is the attention mask. Leaves of the stem that blocks read
-too (a table of relative places) are named by `module.shared`, regexes of their paths.
+too (a table of relative places) are named by `module.common`, regexes of their paths.
 
 `live` is a bool for one stage (dropout on, BatchNorm on batch statistics) and a frozenset of labels
 for the module. A border is a number of finished stages; the activations there are a column of the
@@ -148,9 +148,9 @@ def beside(module: Any) -> tuple[str, ...]:
     return getattr(module, "beside", ("attention_mask",))
 
 
-def shared(module: Any) -> tuple[str, ...]:
+def common(module: Any) -> tuple[str, ...]:
     """Return regexes of the leaves of the stem that blocks of a module read too."""
-    return getattr(module, "shared", ())
+    return getattr(module, "common", ())
 
 
 def given(batch: Batch, blocks: int) -> int:

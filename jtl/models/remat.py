@@ -104,4 +104,4 @@ def apply(
 def _read_by(name: str, module: Any, path: Any, label: str) -> bool:
     """Return whether the block of this label reads the leaf at a path."""
     place = jax.tree_util.keystr(path, simple=True, separator="/")
-    return label == name or any(re.fullmatch(regex, place) for regex in stages.shared(module))
+    return label == name or any(re.fullmatch(regex, place) for regex in stages.common(module))

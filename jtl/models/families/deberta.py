@@ -268,7 +268,7 @@ class Deberta(nn.Module):
     pooling: str = "cls"
     dtype: Any = jnp.float32
 
-    shared = ("encoder/rel_embeddings/.*", "encoder/LayerNorm/.*")
+    common = ("encoder/rel_embeddings/.*", "encoder/LayerNorm/.*")
 
     def setup(self) -> None:
         """Declare the modules of the stages."""
