@@ -55,6 +55,70 @@ _DEBERTA = dict(
 _DINOV2 = {**_PATCHES, "mlp_ratio": 2, "intermediate_size": None}
 
 _CONVNEXT = dict(hidden_sizes=[8, 16], depths=[1, 1], layer_scale_init_value=1.0)
+_EFFICIENTNET = dict(
+    width_coefficient=0.0125,
+    depth_coefficient=1.0,
+    hidden_dim=16,
+    kernel_sizes=[3, 5],
+    in_channels=[640, 640],
+    out_channels=[640, 640],
+    strides=[1, 2],
+    num_block_repeats=[1, 2],
+    expand_ratios=[1, 2],
+    drop_connect_rate=0.0,
+)
+
+# A layer that LayerDrop leaves out has no gradient, so there is none.
+_SPEECH = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    conv_dim=[8, 8],
+    conv_kernel=[10, 3],
+    conv_stride=[5, 2],
+    num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2,
+    layerdrop=0.0,
+    initializer_range=0.3,
+)
+_SIGLIP_TEXT = dict(_TEXT, num_hidden_layers=1, projection_size=16)
+_SATELLITE = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    mlp_ratio=2.0,
+    image_size=8,
+    patch_size=4,
+    num_frames=2,
+    initializer_range=0.3,
+)
+_T5 = dict(
+    vocab_size=31,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_layers=2,
+    num_decoder_layers=1,
+    num_heads=2,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=16,
+)
+_LLAVA = dict(
+    vision_config=dict(_PATCHES, model_type="clip_vision_model"),
+    text_config=dict(_TEXT, model_type="llama", hidden_size=12),
+    image_token_index=2,
+)
+
+
+def _llava_batch(config: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Texts with an image of four patches; the first row is padded."""
+    ids = rng.integers(3, 31, (ROWS, 7)).astype(np.int32)
+    ids[:, 1:5] = config["image_token_index"]
+    mask = np.ones((ROWS, 7), np.int32)
+    mask[0, -1] = 0
+    images = rng.normal(size=(ROWS, 8, 8, 3)).astype(np.float32)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": images}
 
 
 class Case(NamedTuple):
@@ -85,19 +149,38 @@ CASES: dict[str, Case] = {
     "dinov2_with_registers": Case({**_DINOV2, "num_register_tokens": 2}),
     "distilbert": Case(_DISTIL),
     "electra": Case(dict(_TEXT, embedding_size=8)),
+    "efficientnet": Case(_EFFICIENTNET),
+    "efficientnet_lite": Case(dict(_EFFICIENTNET, variant="lite0", hidden_dim=1280)),
     "gpt2": Case(_GPT),
     "gpt_bigcode": Case(_GPT),
+    "hubert": Case(_SPEECH),
     "llama": Case(_GROUPED),
+    "llava": Case(_LLAVA, _llava_batch),
     "mistral": Case(dict(_GROUPED, sliding_window=2)),
     "mlp": Case(dict(image_size=6, hidden_sizes=[16, 16, 8])),
     "mpnet": Case(dict(_TEXT, max_position_embeddings=18)),
+    "prithvi": Case(
+        {**_SATELLITE, "patch_size": [1, 4, 4], "coords_encoding": ["time", "location"]}
+        | {"num_channels": 6, "coords_scale_learn": True}
+    ),
+    "mt5": Case(_T5),
     "qwen2": Case(_GROUPED),
     "qwen3": Case(dict(_GROUPED, head_dim=8)),
     "resnet": Case(dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
     "roberta": Case(_TEXT),
+    "satmae": Case(
+        {**_SATELLITE, "num_channels": 4, "channel_groups": [[0, 2], [3]], "channel_embed": 4}
+    ),
+    "satmae_temporal": Case({**_SATELLITE, "hidden_size": 32, "time_embed": 12}),
+    "siglip": Case(dict(text_config=_SIGLIP_TEXT, vision_config=_PATCHES)),
+    "siglip_text_model": Case(_SIGLIP_TEXT),
+    "siglip_vision_model": Case(_PATCHES),
     "starcoder2": Case(_GROUPED),
+    "t5": Case(_T5),
+    "t5_encoder": Case(_T5),
     "vit": Case(_PATCHES),
     "vit_mae": Case(_PATCHES),
+    "wav2vec2": Case(dict(_SPEECH, feat_extract_norm="layer", do_stable_layer_norm=True)),
     "xlm-roberta": Case(_TEXT),
 }
 
