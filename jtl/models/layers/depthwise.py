@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Sides = Sequence[tuple[int, int]]
+# Rows of a kernel that are written out; more of them are a loop, which compiles sooner.
+_UNROLLED = 5
 _NAMES = ("NHWC", "HWIO", "NHWC")
 
 
@@ -60,14 +62,30 @@ def _shifted(images: jax.Array, kernel: jax.Array, stride: int, sides: Sides) ->
     high, wide = kernel.shape[:2]
     padded = jnp.pad(images, ((0, 0), *sides, (0, 0)))
     n, height, width, dim = padded.shape
-    rows, columns = (height - high) // stride + 1, (width - wide) // stride + 1
-    total = jnp.zeros((n, rows, columns, dim), jnp.float32)
-    for i in range(high):
-        for j in range(wide):
-            ends = (n, i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1, dim)
-            part = jax.lax.slice(padded, (0, i, j, 0), ends, (1, stride, stride, 1))
-            total = total + part * kernel[i : i + 1, j : j + 1]
-    return total.astype(images.dtype)
+    down = ((height - high) // stride) * stride + 1
+    across = ((width - wide) // stride) * stride + 1
+
+    @jax.checkpoint  # else the scan would keep a copy of the images for each row
+    def row(padded: jax.Array, weights: jax.Array, i: Any) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(padded, i, down, axis=1)
+        columns = (
+            jax.lax.slice(part, (0, 0, j, 0), (n, down, j + across, dim), (1, stride, stride, 1))
+            for j in range(wide)
+        )
+        return sum(
+            (x.astype(jnp.float32) * weights[None, j : j + 1] for j, x in enumerate(columns)),
+            start=jnp.float32(0),
+        )
+
+    if high <= _UNROLLED:
+        total = sum((row(padded, kernel[i], i) for i in range(high)), start=jnp.float32(0))
+    else:
+        shape = (n, (down - 1) // stride + 1, (across - 1) // stride + 1, dim)
+        rows = (kernel, jnp.arange(high))
+        total, _ = jax.lax.scan(
+            lambda sofar, own: (sofar + row(padded, *own), None), jnp.zeros(shape), rows
+        )
+    return jnp.asarray(total).astype(images.dtype)
 
 
 class DepthwiseConv(nn.Module):
