@@ -1,6 +1,7 @@
 """BERT: names and shapes, values by hand, stages; parity with transformers' PyTorch models."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -8,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from text_parity import SIZES, same_head, text_batch
+from torch_oracle import close, names_agree, peer, to_torch
 
 from jtl.models.backbone import stage_labels
+from jtl.models.export import export, import_model
 from jtl.models.families.bert import BERT as FAMILY
-from jtl.models.heads import Linear, MaskedLM
 from jtl.models.layers.post_norm import EncoderConfig, encoder_config
+from jtl.models.load import load_backbone, new_backbone
+from jtl.models.load_head import load_head
+from jtl.models.model import attach
 from jtl.weights.files import read
 from jtl.weights.load import fill
 from jtl.weights.rename import to_ours, torch_name
@@ -304,8 +310,6 @@ def test_aliases_and_ignored_cover_what_checkpoints_carry():
 
 @pytest.fixture(scope="module")
 def minilm():
-    from jtl.models.load import load_backbone
-
     return load_backbone(MINILM)
 
 
@@ -416,36 +420,131 @@ def test_gradients_of_all_parameters_are_those_of_transformers(torch, tmp_path):
 
 
 @pytest.mark.parity
-def test_masked_lm_is_that_of_transformers(torch, tmp_path):
-    peer = _peer(torch, "BertForMaskedLM")
-    module, params, checkpoint = _ours(peer, tmp_path, "mean")
-    assert "pooler" in params, "BertForMaskedLM has no pooler, so its leaf is a shape"
-    params = {name: leaf for name, leaf in params.items() if name != "pooler"}
-    batch = _batch()
-    out = module.apply({"params": params}, batch)
-    out["table"] = params["embeddings"]["word_embeddings"]["embedding"]
-    head = MaskedLM(dim=24, vocabulary=31)
-    shapes = jax.eval_shape(head.init, jax.random.key(0), out, batch)["params"]
-    rules, aliases = FAMILY.heads["masked_lm"].rules, FAMILY.aliases
-    trees, report = fill({"params": shapes}, checkpoint, rules=rules, aliases=aliases)
-    check(report, allow_unexpected=(".*",))
-    logits = head.apply({"params": trees["params"]}, out, batch)
-    _close(logits, peer(**_to_torch(torch, batch)).logits)
+@pytest.mark.parametrize(
+    "kind", ["masked_lm", "classification", "token_classification", "question_answering"]
+)
+def test_heads_are_those_of_transformers(tmp_path, kind):
+    labels = 2 if kind == "question_answering" else 5
+    config = {**SIZES, "hidden_act": "relu", "layer_norm_eps": 1e-6}
+    same_head(tmp_path, kind, text_batch(types=2), "bert", **config, num_labels=labels)
 
 
 @pytest.mark.parity
-def test_classification_is_that_of_transformers(torch, tmp_path):
-    peer = _peer(torch, "BertForSequenceClassification")
-    module, params, checkpoint = _ours(peer, tmp_path)
-    batch = _batch()
-    out = module.apply({"params": params}, batch)
-    head = Linear(5)
-    shapes = jax.eval_shape(head.init, jax.random.key(0), out, batch)["params"]
-    rules = FAMILY.heads["classification"].rules
-    trees, report = fill({"params": shapes}, checkpoint, rules=rules, aliases=FAMILY.aliases)
-    check(report, allow_unexpected=(".*",))
-    logits = head.apply({"params": trees["params"]}, out, batch)
-    _close(logits, peer(**_to_torch(torch, batch)).logits)
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_decoder_of_its_own_is_refused(tmp_path, separate):
+    peer("BertForMaskedLM", tmp_path, **SIZES, tie_word_embeddings=not separate)
+    backbone = load_backbone(tmp_path, pooling="cls")
+    if not separate:
+        assert load_head(tmp_path, backbone, "masked_lm")[0].tied
+        return
+    with pytest.raises(ValueError, match="tie_word_embeddings=False; the head of BertForMaskedLM"):
+        load_head(tmp_path, backbone, "masked_lm")
+
+
+# What the published config.json of each states beside the sizes of BERT-base.
+PUBLISHED = {
+    "allenai/scibert_scivocab_uncased": dict(vocab_size=31090),
+    "allenai/scibert_scivocab_cased": dict(vocab_size=31116),
+    "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract": dict(vocab_size=30522),
+    "nlpaueb/legal-bert-base-uncased": dict(vocab_size=30522),
+    "nlpaueb/legal-bert-small-uncased": dict(
+        hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048
+    ),
+    "emilyalsentzer/Bio_ClinicalBERT": dict(vocab_size=28996),
+    "sentence-transformers/all-MiniLM-L6-v2": dict(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    ),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("class_name", ["BertModel", "BertForMaskedLM"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_names_agree_at_published_sizes(name, class_name):
+    layers = PUBLISHED[name].get("num_hidden_layers", 12)
+    pooler = 2 if class_name == "BertModel" else 0
+    assert names_agree(class_name, "bert", **PUBLISHED[name]) == 5 + 16 * layers + pooler
+
+
+@pytest.mark.parity
+def test_old_spellings_load(torch, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    peer("BertForPreTraining", tmp_path, **SIZES)
+    new = load_backbone(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    old = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
+        for name, tensor in stored.items()
+    }
+    assert len(old.keys() - stored.keys()) == 2 * (1 + 2 * 2 + 1)
+    old["bert.embeddings.position_ids"] = np.arange(20)[None]
+    save_file(old, tmp_path / "model.safetensors")
+    again = load_backbone(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, new.params, again.params)
+    heads = [load_head(tmp_path, made, "masked_lm")[1] for made in (new, again)]
+    jax.tree.map(np.testing.assert_array_equal, *heads)
+
+
+@pytest.fixture
+def cxr(torch, tmp_path):
+    """A folder of CXR-BERT's layout, and what computes its projection."""
+    from safetensors.numpy import load_file, save_file
+
+    model = peer("BertForMaskedLM", tmp_path, **SIZES)
+    parts = {
+        "dense_to_hidden": torch.nn.Linear(16, 6),
+        "LayerNorm": torch.nn.LayerNorm(6, eps=1e-12),
+        "dense_to_output": torch.nn.Linear(6, 6),
+    }
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, part in parts.items():
+        for leaf, value in part.named_parameters():
+            torch.nn.init.normal_(value)
+            stored[f"cls_projection_head.{name}.{leaf}"] = value.detach().numpy()
+    save_file(stored, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = dict(model_type="cxr-bert", architectures=["CXRBertModel"], projection_size=6)
+    own["auto_map"] = {"AutoConfig": "configuration_cxrbert.CXRBertConfig"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **own}))
+    first, norm, last = parts.values()
+    return model, lambda tokens: last(norm(torch.nn.functional.gelu(first(tokens[:, 0]))))
+
+
+@pytest.mark.parity
+def test_cxr_bert_loads_with_both_of_its_heads(torch, tmp_path, cxr):
+    import transformers
+
+    model, project = cxr
+    backbone = load_backbone(tmp_path, pooling="cls")
+    assert backbone.family.model_type == "cxr-bert" and backbone.dim == 16
+    batch = text_batch(types=2)
+    theirs = model(**to_torch(batch), output_hidden_states=True)
+    out = backbone(batch)
+    close(out["tokens"], theirs.hidden_states[-1])
+    out["table"] = backbone.params["embeddings"]["word_embeddings"]["embedding"]
+    heads = {}
+    for kind, expected in (("masked_lm", theirs.logits), ("projection", project(theirs[1][-1]))):
+        module, params = load_head(tmp_path, backbone, kind)
+        close(module.apply({"params": params}, out, batch), expected)
+        heads[kind] = (module, params)
+    # It is written back as the BERT that it is, with the projection beside it.
+    modules = {kind: module for kind, (module, _) in heads.items()}
+    model = attach(backbone, modules, key=jax.random.key(0))
+    params = {"backbone": backbone.params, "heads": {kind: p for kind, (_, p) in heads.items()}}
+    export(tmp_path / "x", dataclasses.replace(model, params=params))
+    opened = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "x").eval()
+    close(opened(**to_torch(batch)).logits.detach().numpy(), theirs.logits)
+    again = import_model(tmp_path / "x")
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_only_cxr_bert_has_a_projection():
+    made = new_backbone("cxr-bert", SIZES, key=jax.random.key(0))
+    head = FAMILY.heads["projection"].make(made.config, made)
+    assert head.outputs == 128, "the default of its config class"
+    with pytest.raises(ValueError, match="no projection_size; it has .* attach a fresh head"):
+        FAMILY.heads["projection"].make(CONFIG, made)
 
 
 @pytest.mark.parity
