@@ -6,6 +6,7 @@ dataset = encode(parts["train"], backbone.inputs)
 for batch in batches(dataset, 32, seed=0, stop=steps_per_epoch(dataset, 32)): ...
 """
 
+from jtl.data.audio import AudioInputs, audio_inputs, load_audio_inputs
 from jtl.data.batches import (
     batch_shapes,
     batches,
@@ -29,11 +30,13 @@ from jtl.data.text import TextInputs, load_text_inputs
 from jtl.data.tfds import from_tfds
 
 __all__ = [
+    "AudioInputs",
     "Dataset",
     "ImageInputs",
     "Source",
     "Store",
     "TextInputs",
+    "audio_inputs",
     "batch_shapes",
     "batches",
     "check_finite",
@@ -48,6 +51,7 @@ __all__ = [
     "from_table",
     "from_tfds",
     "image_inputs",
+    "load_audio_inputs",
     "load_image_inputs",
     "load_text_inputs",
     "mixed_batches",

@@ -34,12 +34,14 @@ from jtl.weights.save import write
 _WEIGHTS, _HEADS = "model.safetensors", "head.safetensors"
 _FORMAT = 1
 _KINDS = {
+    "CTC": head_kinds.CTC,
     "CausalLM": head_kinds.CausalLM,
     "Contrastive": head_kinds.Contrastive,
     "Distilled": head_kinds.Distilled,
     "Linear": head_kinds.Linear,
     "MaskedImage": head_kinds.MaskedImage,
     "MaskedLM": head_kinds.MaskedLM,
+    "Projected": head_kinds.Projected,
     "ReplacedToken": head_kinds.ReplacedToken,
     "Span": head_kinds.Span,
     "TokenLinear": head_kinds.TokenLinear,
@@ -51,6 +53,7 @@ _KINDS = {
 _LABELLED = (
     head_kinds.Distilled,
     head_kinds.Linear,
+    head_kinds.Projected,
     head_kinds.Span,
     head_kinds.TokenLinear,
     head_kinds.TwoLayer,
@@ -213,6 +216,8 @@ def _config(
     class_name = family.heads[kind].class_name if kind else family.class_name
     leaf = jax.tree.leaves(model.params["backbone"])[0]
     config.update(architectures=[class_name], dtype=str(leaf.dtype))
+    if config.get("pad_token_id") is None:
+        config.update(_padding(model))
     if isinstance(head, head_kinds.MaskedLM | head_kinds.CausalLM) and kind:
         config["tie_word_embeddings"] = head.tied
     if kind:
@@ -225,6 +230,13 @@ def _config(
         regression = not names[chosen or ""]
         config["problem_type"] = "regression" if regression else "single_label_classification"
     return config
+
+
+def _padding(model: Model) -> dict[str, Any]:
+    """Return the padding token, which decoders' configs do not state and their classes ask for."""
+    tokenizer = getattr(model.backbone.inputs, "tokenizer", None)
+    known = "pad_token_id" in model.backbone.config and tokenizer is not None
+    return {"pad_token_id": tokenizer.pad_token_id} if known else {}
 
 
 def _extra(

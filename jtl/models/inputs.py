@@ -9,6 +9,7 @@ from typing import Any
 _INPUT_FILES = {
     "text": ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model"),
     "image": ("preprocessor_config.json", "processor_config.json"),
+    "audio": ("preprocessor_config.json",),
 }
 _INPUT_FILES["image_text"] = _INPUT_FILES["text"] + _INPUT_FILES["image"]
 _OPEN_CLIP = "open_clip_config.json"
@@ -60,6 +61,10 @@ def load_inputs(folder: Path, modality: str, config: Mapping[str, Any]) -> Any:
         from jtl.data.text import load_text_inputs
 
         return load_text_inputs(folder, config)
+    if modality == "audio":
+        from jtl.data.audio import load_audio_inputs
+
+        return load_audio_inputs(folder, config)
     from jtl.data.images import load_image_inputs
 
     return load_image_inputs(folder, config)

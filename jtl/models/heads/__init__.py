@@ -6,21 +6,26 @@ A head is a Linen module called as `head(out, batch, live)`, with two fields tha
 """
 
 from jtl.models.heads.contrastive import Contrastive
+from jtl.models.heads.ctc import CTC
 from jtl.models.heads.distilled import Distilled
 from jtl.models.heads.language import CausalLM, MaskedLM
 from jtl.models.heads.linear import Linear
 from jtl.models.heads.masked_image import MaskedImage, reconstruction_loss
 from jtl.models.heads.pooling import POOLINGS, pool
+from jtl.models.heads.projected import Projected
 from jtl.models.heads.tokens import ReplacedToken, Span, TokenLinear, TokenProjection
 from jtl.models.heads.two_layer import TwoLayer
 
 __all__ = [
+    "CTC",
     "POOLINGS",
     "CausalLM",
     "Contrastive",
+    "Distilled",
     "Linear",
     "MaskedImage",
     "MaskedLM",
+    "Projected",
     "ReplacedToken",
     "Span",
     "TokenLinear",

@@ -15,7 +15,8 @@ def pool(out: Mapping[str, jax.Array], batch: Mapping[str, Any], pooling: str | 
 
     Args:
         out: "pooled" for None, "tokens" for the others.
-        batch: its "attention_mask" (n, positions), if any, says which positions are real.
+        batch: its "attention_mask" (n, positions), if any, says which positions are real, unless
+            `out["token_mask"]` does: tokens may be other positions than the batch's.
         pooling: "cls" takes the first position, "last" the last real one (with padding on either
             side), "mean" the mean over real positions, None the backbone's own.
 
@@ -29,12 +30,12 @@ def pool(out: Mapping[str, jax.Array], batch: Mapping[str, Any], pooling: str | 
         return out["pooled"]
     if pooling == "cls":
         return out["tokens"][:, 0]
+    mask = out.get("token_mask", batch.get("attention_mask"))
     if pooling == "last":
-        return _last(out["tokens"], batch.get("attention_mask"))
+        return _last(out["tokens"], mask)
     if pooling != "mean":
         raise ValueError(f"pooling {pooling!r} is not known; give one of {POOLINGS}, or None")
     tokens = out["tokens"].astype(jnp.float32)
-    mask = batch.get("attention_mask")
     if mask is None:
         return jnp.mean(tokens, axis=1).astype(out["tokens"].dtype)
     weight = jnp.asarray(mask, jnp.float32)[:, :, None]

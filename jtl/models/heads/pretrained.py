@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jtl.models.backbone import Backbone, PretrainedHead
+from jtl.models.heads.ctc import CTC
 from jtl.models.heads.distilled import Distilled
 from jtl.models.heads.language import CausalLM, MaskedLM
 from jtl.models.heads.linear import Linear
+from jtl.models.heads.projected import Projected
 from jtl.models.heads.tokens import Span, TokenLinear
 from jtl.models.heads.two_layer import TwoLayer
 
@@ -54,6 +56,44 @@ def two_layer(
     rules = (*_dense("dense", layers[0]), *_dense("out_proj", layers[1]))
     fields = {"activation": activation}
     return PretrainedHead(class_name, TwoLayer, make, rules, fields=fields)
+
+
+def projected(class_name: str, pooling: str) -> PretrainedHead:
+    """Return the row of two dense layers on pooled features, without an activation.
+
+    Args:
+        class_name: of transformers.
+        pooling: of the backbone, that the class reads.
+    """
+
+    def make(config: Mapping[str, Any], backbone: Backbone) -> Projected:
+        if config.get("use_weighted_layer_sum"):
+            raise ValueError(
+                f"the config has use_weighted_layer_sum=True; the head of {class_name} here reads "
+                "the last layer; use a checkpoint without it, or attach a fresh head"
+            )
+        return Projected(outputs=len(config["id2label"]), width=config["classifier_proj_size"])
+
+    def stated(head: Projected) -> dict[str, Any]:
+        return {"classifier_proj_size": head.width, "use_weighted_layer_sum": False}
+
+    return PretrainedHead(class_name, Projected, make, (), pooling, stated=stated)
+
+
+def ctc(class_name: str) -> PretrainedHead:
+    """Return the row of the letters at each frame.
+
+    Args:
+        class_name: of transformers.
+    """
+
+    def make(config: Mapping[str, Any], backbone: Backbone) -> CTC:
+        return CTC(vocabulary=config["vocab_size"])
+
+    def stated(head: CTC) -> dict[str, Any]:
+        return {"vocab_size": head.vocabulary}
+
+    return PretrainedHead(class_name, CTC, make, (), stated=stated)
 
 
 def token_classification(class_name: str, at: str = "classifier") -> PretrainedHead:

@@ -76,6 +76,7 @@ class TowerAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             _dense(width, self.config, self.dtype) for _ in range(4)
         )
+        self.dropout = Dropout(self.config.attention_dropout)
 
     def __call__(self, hidden: jax.Array, mask: jax.Array | None, live: bool) -> jax.Array:
         """Return (n, positions, dim) from hidden (n, positions, dim) and mask (n, positions)."""
@@ -85,9 +86,7 @@ class TowerAttention(nn.Module):
         query, key, value = (
             project(hidden).reshape(shape) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        drop = None
-        if live and config.attention_dropout > 0:
-            drop = Dropout(config.attention_dropout, deterministic=False)
+        drop = self.dropout if live and config.attention_dropout > 0 else None
         seen = attention(query, key, value, mask=mask, causal=self.causal, dropout=drop)
         return self.out_proj(seen.reshape(hidden.shape))
 
