@@ -16,9 +16,19 @@ def _timm_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return timm_config(config)
 
 
+def _prithvi(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    from jtl.models.families.satellite import prithvi_config
+
+    return prithvi_config(config)
+
+
 # Each looks at the dict of a config file; it returns the config in this library's terms, with its
 # `model_type`, or None where the file is not of its kind.
-READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (_open_clip, _timm_vit)
+READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (
+    _open_clip,
+    _timm_vit,
+    _prithvi,
+)
 
 
 # Classes that hold a part of what their `model_type` is, and the family that reads them.
