@@ -98,7 +98,7 @@ def pair_inputs(text: Any, images: Any, config: Mapping[str, Any]) -> PairInputs
         config: the dict of `config.json`; it says which token stands for an image, and of how many
             patches an image is.
     """
-    token = config.get("image_token_id", config.get("image_token_index"))
+    token = config.get("image_token_index", config.get("image_token_id"))
     if str(config.get("model_type", "")).startswith("siglip"):
         return PairInputs(text, images, length=getattr(text, "max_length", None))
     if token is None or not isinstance(text, TextInputs):

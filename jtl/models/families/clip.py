@@ -104,9 +104,7 @@ class Clip(nn.Module):
         if images is not None:
             embeds = self.visual_projection(self.vision_model.pooled(images))
             out |= {"tokens": images, "image_embeds": embeds}
-        order = ("image", "text") if self.pooling == "image" else ("text", "image")
-        found = [out[f"{side}_embeds"] for side in order if f"{side}_embeds" in out]
-        return {**out, "pooled": found[0]}
+        return {**out, "pooled": two_towers.pooled_side(out, self.pooling)}
 
     def __call__(
         self, batch: Batch, live: frozenset[str] = frozenset(), stop: int | None = None

@@ -34,7 +34,8 @@ class Contrastive(nn.Module):
                 "batches with images and texts to a backbone of two towers"
             )
         images, texts = (_unit(out[name]) for name in ("image_embeds", "text_embeds"))
-        logits = jnp.exp(out["logit_scale"].astype(jnp.float32)) * (images @ texts.T)
+        scale = jnp.exp(out["logit_scale"].astype(jnp.float32)).reshape(())  # SigLIP's is (1,)
+        logits = scale * (images @ texts.T)
         bias = out.get("logit_bias")
         return logits if bias is None else logits + bias.astype(jnp.float32).reshape(())
 

@@ -198,11 +198,13 @@ class TextTower(nn.Module):
     Attributes:
         config: sizes and rates.
         causal: whether a token sees those before it alone.
+        projection: width of the layer `head` on a text's one token, None where there is none.
         dtype: of the computation; parameters are float32.
     """
 
     config: Any
     causal: bool = True
+    projection: int | None = None
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
@@ -210,6 +212,9 @@ class TextTower(nn.Module):
         self.embeddings = _TextEmbeddings(self.config, self.dtype)
         self.encoder = TowerEncoder(self.config, self.causal, self.dtype)
         self.final_layer_norm = layer_norm(self.config.layer_norm_eps, self.dtype)
+        if self.projection is not None:
+            init = nn.initializers.normal(self.config.initializer_range)
+            self.head = nn.Dense(self.projection, dtype=self.dtype, kernel_init=init)
 
     @property
     def depth(self) -> int:
@@ -233,6 +238,10 @@ class TextTower(nn.Module):
     def final(self, hidden: jax.Array) -> jax.Array:
         """Return the tokens behind the final norm."""
         return self.final_layer_norm(hidden)
+
+    def projected(self, token: jax.Array) -> jax.Array:
+        """Return what the layer `head` makes of one token of each text (n, projection)."""
+        return self.head(token)
 
 
 def end_of_text(ids: jax.Array, eos_token_id: int) -> jax.Array:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jtl.models.backbone import Batch, Rules
+from jtl.models.backbone import Batch, Out, Rules
 from jtl.models.layers.pack import pack, unpack
 
 
@@ -55,6 +54,7 @@ def streams(
         batch: its `input_ids` (n, length), if any, say how many positions are the texts'.
         widths: of the image stream and of the text stream.
 
+    >>> import jax.numpy as jnp
     >>> hidden = pack(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 2)))
     >>> images, texts = streams(hidden, {"input_ids": jnp.zeros((1, 4), int)}, (3, 2))
     >>> images.shape, texts.shape
@@ -103,15 +103,13 @@ def joint_block(
     return joint(*made)
 
 
-def cosines(images: jax.Array, texts: jax.Array) -> jax.Array:
-    """Return the cosine of each image's embedding with each text's, (n, m) float32.
+def pooled_side(out: Out, pooling: str) -> jax.Array:
+    """Return the embedding of the side that is asked for, of the other where it was not run.
 
-    >>> cosines(jnp.array([[3.0, 4.0]]), jnp.array([[2.0, 0.0], [0.0, -1.0]])).round(3).tolist()
-    [[0.6000000238418579, -0.800000011920929]]
+    >>> import jax.numpy as jnp
+    >>> out = {"text_embeds": jnp.ones((1, 2))}
+    >>> pooled_side(out, "image").tolist()
+    [[1.0, 1.0]]
     """
-
-    def unit(x: Any) -> jax.Array:
-        wide = jnp.asarray(x, jnp.float32)
-        return wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)
-
-    return unit(images) @ unit(texts).T
+    other = {"image": "text", "text": "image"}[pooling]
+    return out.get(f"{pooling}_embeds", out.get(f"{other}_embeds"))
