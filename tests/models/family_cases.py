@@ -121,6 +121,17 @@ def _llava_batch(config: Mapping[str, Any], rng: np.random.Generator) -> dict[st
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": images}
 
 
+_SWIN = dict(
+    embed_dim=8,
+    depths=[2, 1],
+    num_heads=[1, 2],
+    window_size=2,
+    patch_size=2,
+    image_size=12,
+    initializer_range=0.3,
+)
+
+
 class Case(NamedTuple):
     """A family's tiny config.
 
@@ -136,6 +147,9 @@ class Case(NamedTuple):
 # {model_type: case}, in the order of the alphabet.
 CASES: dict[str, Case] = {
     "bert": Case(_TEXT),
+    "biovil_image": Case(
+        dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], projection_size=6)
+    ),
     "camembert": Case(_TEXT),
     "clip": Case(dict(text_config=_CLIP_TEXT, vision_config=_PATCHES, projection_dim=8)),
     "clip_text_model": Case(_CLIP_TEXT),
@@ -176,6 +190,7 @@ CASES: dict[str, Case] = {
     "siglip_text_model": Case(_SIGLIP_TEXT),
     "siglip_vision_model": Case(_PATCHES),
     "starcoder2": Case(_GROUPED),
+    "swin": Case(_SWIN),
     "t5": Case(_T5),
     "t5_encoder": Case(_T5),
     "vit": Case(_PATCHES),

@@ -14,6 +14,7 @@ from jtl.models.backbone import Family
 # {model_type: "file:NAME of its Family"}
 TABLE: dict[str, str] = {
     "bert": "bert:BERT",
+    "biovil_image": "biovil:BIOVIL_IMAGE",
     "camembert": "roberta:CAMEMBERT",
     "clip": "clip:CLIP",
     "clip_text_model": "clip:CLIP_TEXT",
@@ -49,6 +50,7 @@ TABLE: dict[str, str] = {
     "siglip_text_model": "siglip:SIGLIP_TEXT",
     "siglip_vision_model": "siglip:SIGLIP_VISION",
     "starcoder2": "starcoder:STARCODER2",
+    "swin": "swin:SWIN",
     "t5": "t5:T5_ROW",
     "t5_encoder": "t5:T5_ENCODER",
     "vit": "vit:VIT",

@@ -65,7 +65,7 @@ def llava_config(config: Mapping[str, Any]) -> LlavaConfig:
     if not isinstance(language, Decoder) or kind != "clip_vision_model":
         raise ValueError(
             f"the LLaVA config has a decoder {text.get('model_type')!r} and an image tower "
-            f"{kind!r}; read are decoders of LLaMA's kind and CLIP's tower; take a checkpoint of these"
+            f"{kind!r}; read are LLaMA's kind and CLIP's tower; take a checkpoint of these"
         )
     tower = vision_config(vision)
     stated = config.get("vision_feature_layer", -2)
