@@ -88,13 +88,17 @@ def load_text_inputs(folder: str | Path, config: Mapping[str, Any]) -> TextInput
     The longest text is the least of what the tokenizer states, of sentence-transformers' file
     `sentence_bert_config.json`, and of the positions of the model.
 
+    Decoders such as GPT-2 and LLaMA were trained without padding. Batches of theirs are padded with
+    the token that ends a text; `attention_mask` says which places are real, and `save` writes it as
+    the padding token.
+
     Args:
         folder: a local folder with the tokenizer's files.
         config: the dict of `config.json`.
 
     Raises:
-        ValueError: the folder has no tokenizer, it cannot pad, or nothing says how long a text
-            may be.
+        ValueError: the folder has no tokenizer, it has no token to pad with, or nothing says how
+            long a text may be.
     """
     from transformers import AutoTokenizer
 
@@ -108,11 +112,14 @@ def load_text_inputs(folder: str | Path, config: Mapping[str, Any]) -> TextInput
             f"({type(error).__name__}: {reason}); "
             "put tokenizer.json or vocab.txt of the original checkpoint there"
         ) from error
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer of {str(folder)!r} has no padding token; its special tokens are "
-            f"{tokenizer.special_tokens_map}; add pad_token to its tokenizer_config.json"
+            f"the tokenizer of {str(folder)!r} has no padding token, and none that ends a text; "
+            f"its special tokens are {tokenizer.special_tokens_map}; "
+            "add pad_token to its tokenizer_config.json"
         )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     limits = [tokenizer.model_max_length, _stated(folder), config.get("max_position_embeddings")]
     known = [int(limit) for limit in limits if limit and limit < 10**6]
     if not known:

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict
 from jtl.models import heads as head_kinds
 from jtl.models.backbone import Backbone
 from jtl.models.load import EXTRA_CONFIG, load_backbone
-from jtl.models.load_head import load_head
+from jtl.models.load_head import read_head, with_head_weights, with_heads
 from jtl.models.model import Model, attach
 from jtl.weights.files import Checkpoint, read_config, read_json, read_safetensors
 from jtl.weights.load import fill
@@ -86,8 +86,10 @@ def export(
     with _replaced(folder) as place:
         _write_json(place / "config.json", _config(model, chosen, names))
         write(place / _WEIGHTS, _tensors(model, chosen))
-        rest = {name: model.params["heads"][name] for name in model.heads if name != chosen}
-        others = {path: np.asarray(leaf) for path, leaf in flatten_dict(rest, sep="/").items()}
+        # A norm's statistics have other names than its parameters, so both lie side by side.
+        rest = [_but(tree.get("heads", {}), chosen) for tree in (model.params, model.stats)]
+        flat = {**flatten_dict(rest[0], sep="/"), **flatten_dict(rest[1], sep="/")}
+        others = {path: np.asarray(leaf) for path, leaf in flat.items()}
         if others:
             write(place / _HEADS, others)
         _write_json(place / EXTRA_CONFIG, _extra(model, chosen, names))
@@ -111,16 +113,18 @@ def import_model(folder: str | Path) -> Model:
     modules = {name: _module(name, row) for name, row in rows.items()}
     model = attach(backbone, modules, key=jax.random.key(0))
     inside = {name: row["class"] for name, row in rows.items() if row["class"]}
-    rest = {name: leaf for name, leaf in model.params["heads"].items() if name not in inside}
-    if rest:
+    heads = {"params": model.params["heads"], "stats": model.stats.get("heads", {})}
+    rest = {kind: _but(tree, *inside) for kind, tree in heads.items()}
+    if rest["params"]:
         names, get = read_safetensors(folder / _HEADS)
         checkpoint = Checkpoint("flax", names, get, {}, folder)
-        trees, report = fill({"params": rest}, checkpoint)
+        rest, report = fill(rest, checkpoint)
         check(report, source=f"{str(folder / _HEADS)!r}")
-        rest = trees["params"]
-    own = {name: load_head(folder, backbone, kind)[1] for name, kind in inside.items()}
-    heads = {name: {**rest, **own}[name] for name in modules}
-    return dataclasses.replace(model, params={"backbone": backbone.params, "heads": heads})
+    for name, kind in inside.items():
+        own = read_head(folder, backbone, kind)
+        rest["params"][name] = own.params
+        rest["stats"] |= {name: own.stats} if own.stats else {}
+    return with_head_weights(model, {name: rest["params"][name] for name in modules}, rest["stats"])
 
 
 def read_labels(folder: str | Path) -> dict[str, tuple[str, ...]]:
@@ -141,10 +145,7 @@ def _from_transformers(folder: Path, config: Mapping[str, Any]) -> Model:
             f"{str(folder)!r} has no {EXTRA_CONFIG} and states the class {stated[0]!r}; heads are "
             f"read from {sorted(map(str, classes))}; load_backbone reads its backbone alone"
         )
-    module, params = load_head(folder, backbone, classes[stated[0]])
-    model = attach(backbone, {"head": module}, key=jax.random.key(0))
-    params = {"backbone": backbone.params, "heads": {"head": params}}
-    return dataclasses.replace(model, params=params)
+    return with_heads(folder, backbone, {"head": classes[stated[0]]})
 
 
 def _head_rows(folder: Path) -> dict[str, Any]:
@@ -265,17 +266,27 @@ def _tensors(model: Model, chosen: str | None) -> dict[str, np.ndarray]:
     prefix = _prefix(model, chosen)
     tensors = _renamed(model.params["backbone"], family.rules, prefix)
     statistics = _renamed(model.stats.get("backbone", {}), family.rules, prefix)
-    counters = {
+    head = {}
+    if chosen:
+        kind = _class_kind(model.backbone, model.heads[chosen])
+        rules = family.heads[str(kind)].rules
+        own = _renamed(model.stats.get("heads", {}).get(chosen, {}), rules, "")
+        head = {**_renamed(model.params["heads"].get(chosen, {}), rules, ""), **own}
+        statistics |= own
+    return {**tensors, **statistics, **_counters(statistics), **head}
+
+
+def _counters(statistics: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the number of batches that PyTorch has beside each running mean; nobody counts it."""
+    return {
         name.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64)
         for name in statistics
         if name.endswith(".running_mean")
     }
-    head = {}
-    if chosen:
-        kind = _class_kind(model.backbone, model.heads[chosen])
-        own = model.params["heads"].get(chosen, {})
-        head = _renamed(own, family.heads[str(kind)].rules, "")
-    return {**tensors, **statistics, **counters, **head}
+
+
+def _but(heads: Mapping[str, Any], *names: str | None) -> dict[str, Any]:
+    return {name: tree for name, tree in heads.items() if name not in names}
 
 
 def _prefix(model: Model, chosen: str | None) -> str:

@@ -67,15 +67,32 @@ def test_refused(tiny, tmp_path):
         load_text_inputs(tmp_path / "none", {})
 
 
+def _gpt(folder, **changes):
+    settings = {"tokenizer_class": "GPT2Tokenizer", "pad_token": None, "model_max_length": 9}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **changes}))
+    (folder / "vocab.txt").unlink(missing_ok=True)
+    (folder / "vocab.json").write_text('{"<|endoftext|>": 0, "a": 1, "b": 2}')
+    (folder / "merges.txt").write_text("")
+
+
+def test_without_a_padding_token_the_end_of_a_text_pads(tiny, tmp_path):
+    _gpt(tiny)
+    inputs = load_text_inputs(tiny, {})
+    batch = inputs(["ab", "b"])
+    assert batch["input_ids"].tolist() == [[1, 2], [2, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    inputs.save(tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").pad_token == "<|endoftext|>"
+    copy = load_text_inputs(tmp_path / "copy", {})
+    np.testing.assert_array_equal(copy(["ab", "b"])["input_ids"], batch["input_ids"])
+
+
 def test_no_length_and_no_padding_token(tiny):
     (tiny / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     with pytest.raises(ValueError, match="nothing says how long a text .*model_max_length"):
         load_text_inputs(tiny, {})
-    settings = {"tokenizer_class": "GPT2Tokenizer", "pad_token": None, "model_max_length": 9}
-    (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tiny / "vocab.json").write_text('{"<|endoftext|>": 0, "a": 1}')
-    (tiny / "merges.txt").write_text("")
-    with pytest.raises(ValueError, match="has no padding token.*add pad_token"):
+    _gpt(tiny, eos_token=None)
+    with pytest.raises(ValueError, match="no padding token, and none that ends .*add pad_token"):
         load_text_inputs(tiny, {})
 
 

@@ -1,6 +1,7 @@
 """GPT-2 and GPT-BigCode: values by hand, names, configs; parity with transformers' PyTorch."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,13 @@ from flax.serialization import msgpack_serialize
 from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_oracle import close, peer
 
+from jtl.data.text import load_text_inputs
 from jtl.models import load
 from jtl.models.backbone import stage_labels
+from jtl.models.export import export
 from jtl.models.families.gpt import GPT2, GPT_BIGCODE, gpt_config
+from jtl.models.heads import Linear
+from jtl.models.model import attach
 
 CONFIG = dict(
     vocab_size=31,
@@ -162,6 +167,27 @@ def test_a_tree_of_our_own_is_not_turned(fresh, tmp_path):
     )
     again = load.load_backbone(tmp_path, config={**CONFIG, "model_type": "gpt2"})
     jax.tree.map(np.testing.assert_array_equal, fresh.params, again.params)
+
+
+def test_a_text_is_padded_with_its_end_and_the_folder_says_so(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"<|endoftext|>": 0, "a": 1, "b": 2}')
+    (tmp_path / "merges.txt").write_text("")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 9}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = {**CONFIG, "pad_token_id": None}
+    inputs = load_text_inputs(tmp_path, config)
+    made = load.new_backbone("gpt2", config, key=jax.random.key(0), inputs=inputs)
+    batch = made.inputs(["abba", "b"])
+    alone = made(made.inputs(["b"]))
+    np.testing.assert_allclose(made(batch)["pooled"][1], alone["pooled"][0], atol=1e-5)
+    model = attach(made, {"head": Linear(2, bias=False)}, key=jax.random.key(1))
+    stated = json.loads((export(tmp_path / "x", model) / "config.json").read_text())
+    assert stated["pad_token_id"] == 0
+    assert stated["architectures"] == ["GPT2ForSequenceClassification"]
+    # A layer with a bias is not that class's: it lies beside the bare backbone.
+    model = attach(made, {"head": Linear(2)}, key=jax.random.key(1))
+    stated = json.loads((export(tmp_path / "y", model) / "config.json").read_text())
+    assert stated["architectures"] == ["GPT2Model"]
 
 
 @pytest.mark.parametrize(
