@@ -5,10 +5,23 @@ Reference: Liu et al. 2021, arXiv:2103.14030 (Swin).
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 _FAR = -100.0  # what the published networks add where two places are no neighbours
+
+
+def padded(
+    maps: Float[Array, "n height width dim"], rows: int, columns: int
+) -> Float[Array, "n high wide dim"]:
+    """Return maps with zeros at the bottom and right, to multiples of rows and columns.
+
+    >>> padded(jnp.zeros((1, 5, 4, 1)), 2, 4).shape
+    (1, 6, 4, 1)
+    """
+    height, width = maps.shape[1:3]
+    return jnp.pad(maps, ((0, 0), (0, -height % rows), (0, -width % columns), (0, 0)))
 
 
 def cut_windows(
@@ -16,7 +29,6 @@ def cut_windows(
 ) -> Float[Array, "windows positions dim"]:
     """Return all windows of `size` by `size`, row by row; the sides are multiples of `size`.
 
-    >>> import jax.numpy as jnp
     >>> cut_windows(jnp.arange(8.0).reshape(1, 2, 4, 1), 2)[..., 0].tolist()
     [[0.0, 1.0, 4.0, 5.0], [2.0, 3.0, 6.0, 7.0]]
     """
@@ -30,7 +42,6 @@ def join_windows(
 ) -> Float[Array, "n height width dim"]:
     """Return the maps that `cut_windows` has cut.
 
-    >>> import jax.numpy as jnp
     >>> maps = jnp.arange(16.0).reshape(2, 2, 4, 1)
     >>> bool((join_windows(cut_windows(maps, 2), 2, 4) == maps).all())
     True
