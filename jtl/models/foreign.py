@@ -32,7 +32,10 @@ READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (
 
 
 # Classes that hold a part of what their `model_type` is, and the family that reads them.
-CLASSES: dict[str, str] = {"T5EncoderModel": "t5_encoder"}
+CLASSES: dict[str, str] = {
+    "T5EncoderModel": "t5_encoder",
+    "T5ForTokenClassification": "t5_encoder",
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Any:
