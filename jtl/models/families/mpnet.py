@@ -132,7 +132,7 @@ class MPNet(nn.Module):
     pooling: str = "pooler"
     dtype: Any = jnp.float32
 
-    shared = (_TABLE,)
+    common = (_TABLE,)
 
     def setup(self) -> None:
         """Declare the modules of the three kinds of stages."""
