@@ -104,6 +104,12 @@ _T5 = dict(
     relative_attention_num_buckets=8,
     relative_attention_max_distance=16,
 )
+_MEDCLIP = dict(
+    vision_config=dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    text_config=_TEXT,
+    image_size=32,
+    projection_dim=8,
+)
 _LLAVA = dict(
     vision_config=dict(_PATCHES, model_type="clip_vision_model"),
     text_config=dict(_TEXT, model_type="llama", hidden_size=12),
@@ -170,6 +176,7 @@ CASES: dict[str, Case] = {
     "hubert": Case(_SPEECH),
     "llama": Case(_GROUPED),
     "llava": Case(_LLAVA, _llava_batch),
+    "medclip": Case(_MEDCLIP),
     "mistral": Case(dict(_GROUPED, sliding_window=2)),
     "mlp": Case(dict(image_size=6, hidden_sizes=[16, 16, 8])),
     "mpnet": Case(dict(_TEXT, max_position_embeddings=18)),

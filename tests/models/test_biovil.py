@@ -1,6 +1,7 @@
 """BioViL's image side: published names, what lies beside the file; parity with its definition."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(theirs):
         variables = {"params": params, "batch_stats": made.stats}
         return jnp.sum(made.module.apply(variables, images)["pooled"] * weight)
 
-    named = torch.nn.ModuleDict({"all": peer})
-    named.named_parameters = lambda: ((_published(n), p) for n, p in peer.named_parameters())
+    names = [(_published(name), leaf) for name, leaf in peer.named_parameters()]
+    named = types.SimpleNamespace(zero_grad=peer.zero_grad, named_parameters=lambda: names)
     total = (projected.mean((2, 3)) * torch.tensor(weight)).sum()
     oracle.same_gradients(made, loss, named, total)

@@ -35,6 +35,7 @@ TABLE: dict[str, str] = {
     "hubert": "wav2vec2:HUBERT",
     "llama": "llama:LLAMA",
     "llava": "llava:LLAVA",
+    "medclip": "medclip:MEDCLIP",
     "mistral": "mistral:MISTRAL",
     "mlp": "mlp:FAMILY",
     "mpnet": "mpnet:MPNET",

@@ -60,7 +60,8 @@ def llava_config(config: Mapping[str, Any]) -> LlavaConfig:
             tower that is read does not exist or is not one alone.
     """
     text, vision = config["text_config"], config["vision_config"]
-    language = families.family(text.get("model_type", "llama"), "text_config").make(text, "last")
+    row = families.family(text.get("model_type", "llama"), "text_config")
+    language = row.make(text, row.poolings[0])
     kind = vision.get("model_type", "clip_vision_model")
     if not isinstance(language, Decoder) or kind != "clip_vision_model":
         raise ValueError(
