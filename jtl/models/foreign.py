@@ -16,6 +16,12 @@ def _timm_vit(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return timm_config(config)
 
 
+def _timm_maps(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    from jtl.models.families.timm_maps import timm_config
+
+    return timm_config(config)
+
+
 def _prithvi(config: Mapping[str, Any]) -> dict[str, Any] | None:
     from jtl.models.families.satellite import prithvi_config
 
@@ -27,6 +33,7 @@ def _prithvi(config: Mapping[str, Any]) -> dict[str, Any] | None:
 READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (
     _open_clip,
     _timm_vit,
+    _timm_maps,
     _prithvi,
 )
 
