@@ -1,15 +1,25 @@
 """Pretrained heads of a checkpoint, to be attached to its backbone."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jtl.models.backbone import Backbone
 from jtl.models.load import opened
-from jtl.models.model import attach
+from jtl.models.model import Model, attach
 from jtl.weights.load import fill
 from jtl.weights.report import check
+
+
+class ReadHead(NamedTuple):
+    """A head of a checkpoint: its module, its parameters, its running statistics ({} for none)."""
+
+    module: Any
+    params: dict[str, Any]
+    stats: dict[str, Any]
 
 
 def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dict[str, Any]]:
@@ -19,6 +29,64 @@ def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dic
         name: the checkpoint, as for `load_backbone`.
         backbone: what the head stands on.
         kind: a key of the family's `heads`, such as "masked_lm" or "classification".
+
+    Raises:
+        ValueError: the checkpoint has no such head, it reads another pooling, or it has running
+            statistics beside its parameters.
+    """
+    found = read_head(name, backbone, kind)
+    if found.stats:
+        raise ValueError(
+            f"the {kind} head of {str(name)!r} has running statistics of BatchNorm beside its "
+            "parameters, and a pair has no place for them; take with_heads(name, backbone, "
+            f"{{label: {kind!r}}}), which gives a model with both"
+        )
+    return found.module, found.params
+
+
+def with_heads(name: str | Path, backbone: Backbone, kinds: Mapping[str, str]) -> Model:
+    """Return a backbone with pretrained heads of its checkpoint, ready to run.
+
+    Args:
+        name: the checkpoint, as for `load_backbone`.
+        backbone: what the heads stand on.
+        kinds: {name and label of the head: a key of the family's `heads`}.
+
+    Raises:
+        ValueError: the checkpoint has no such head, or it reads another pooling.
+    """
+    found = {label: read_head(name, backbone, kind) for label, kind in kinds.items()}
+    modules = {label: head.module for label, head in found.items()}
+    model = attach(backbone, modules, key=jax.random.key(0))
+    params = {label: head.params for label, head in found.items()}
+    return with_head_weights(
+        model, params, {label: head.stats for label, head in found.items() if head.stats}
+    )
+
+
+def with_head_weights(model: Model, params: Mapping[str, Any], stats: Mapping[str, Any]) -> Model:
+    """Return a model with other weights of its heads.
+
+    Args:
+        model: backbone and heads.
+        params: {head: parameters}, of all heads.
+        stats: {head: running statistics}, of the heads that have some.
+    """
+    kept = {name: tree for name, tree in model.stats.items() if name != "heads"}
+    return dataclasses.replace(
+        model,
+        params={**model.params, "heads": dict(params)},
+        stats={**kept, "heads": dict(stats)} if stats else kept,
+    )
+
+
+def read_head(name: str | Path, backbone: Backbone, kind: str) -> ReadHead:
+    """Return a pretrained head with its running statistics.
+
+    Args:
+        name: the checkpoint, as for `load_backbone`.
+        backbone: what the head stands on.
+        kind: a key of the family's `heads`.
 
     Raises:
         ValueError: the checkpoint has no such head, or it reads another pooling.
@@ -37,12 +105,12 @@ def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dic
         )
     checkpoint, _, config = opened(name, family=row.model_type)
     module = head.make(config, backbone)
-    template = attach(backbone, {"head": module}, key=jax.random.key(0)).params["heads"]
-    if "head" not in template:  # nothing of its own: a tied one without bias
-        return module, {}
-    trees, report = fill(
-        {"params": template["head"]}, checkpoint, rules=head.rules, aliases=row.aliases
-    )
+    fresh = attach(backbone, {"head": module}, key=jax.random.key(0))
+    template = {"params": fresh.params["heads"]["head"]}
+    template["stats"] = fresh.stats.get("heads", {}).get("head", {})
+    if not template["params"]:  # nothing of its own: a tied one without bias
+        return ReadHead(module, {}, {})
+    trees, report = fill(template, checkpoint, rules=head.rules, aliases=row.aliases)
     source = f"the {kind} head of the checkpoint {str(name)!r}"
     check(report, allow_fresh=head.optional, allow_unexpected=(".*",), source=source)
-    return module, trees["params"]
+    return ReadHead(module, trees["params"], trees["stats"])

@@ -18,8 +18,10 @@ from jtl.models.backbone import Backbone, Batch, Out, variables
 class Model:
     """A backbone and its heads.
 
-    `params` is `{"backbone": ..., "heads": {name: ...}}`, `stats` is `{"backbone": ...}` or `{}`.
-    The backbone's leaves bear the labels of their stages, a head's leaves the head's own name.
+    `params` is `{"backbone": ..., "heads": {name: ...}}`. `stats` has the same two branches, each
+    only where there are running statistics, and under "heads" only the heads that have some; it is
+    `{}` where nothing has any. The backbone's leaves bear the labels of their stages, a head's
+    leaves the head's own name; statistics belong to the label of the module that they are of.
     `remat` is set by `computing`.
     """
 
@@ -70,21 +72,23 @@ class Model:
         """
         parts = 1 + len(self.heads)
         keys = [None] * parts if key is None else list(jax.random.split(key, parts))
-        own = variables(params["backbone"], stats.get("backbone", {}))
+        body, kept = stats.get("backbone", {}), stats.get("heads", {})
+        own = variables(params["backbone"], body)
         module, rngs = self.backbone.module, _rngs(keys[0])
         if self.remat:
             out, moved = remat.apply(module, self.labels["backbone"], own, batch, live, rngs)
         else:
-            mutable = ["batch_stats"] if stats else []
-            out, moved = module.apply(own, batch, live, rngs=rngs, mutable=mutable)
-        out = dict(out)
-        stats = {"backbone": moved["batch_stats"]} if stats else stats
+            out, moved = module.apply(own, batch, live, rngs=rngs, mutable=_mutable(body))
+        out, after = dict(out), {}
         tied = any(head.tied for head in self.heads.values())
         seen = {**out, "table": self._table(params)} if tied else dict(out)
         for (name, head), head_key in zip(self.heads.items(), keys[1:], strict=True):
-            own = {"params": params["heads"][name]}
-            out[name] = head.apply(own, seen, batch, name in live, rngs=_rngs(head_key))
-        return out, stats
+            running = kept.get(name, {})
+            args = (variables(params["heads"][name], running), seen, batch, name in live)
+            options: Any = dict(rngs=_rngs(head_key), mutable=_mutable(running))
+            out[name], after[name] = head.apply(*args, **options)
+        after = {name: after[name]["batch_stats"] for name in kept}
+        return out, _stats(moved["batch_stats"] if body else {}, after)
 
     def _table(self, params: Any) -> jax.Array:
         leaf = params["backbone"]
@@ -159,9 +163,14 @@ class Model:
 
     def on_axis(self, axis_name: str) -> "Model":
         """Return the model with BatchNorm statistics taken over the devices of a pmapped axis."""
-        if not hasattr(self.backbone.module, "axis_name"):
-            return self
-        return self._with(axis_name=axis_name)
+        made = self._with(axis_name=axis_name) if _has_axis(self.backbone.module) else self
+        if not any(_has_axis(head) for head in self.heads.values()):
+            return made
+        heads = {
+            name: head.clone(axis_name=axis_name) if _has_axis(head) else head
+            for name, head in self.heads.items()
+        }
+        return dataclasses.replace(made, heads=heads)
 
     def _with(self, **fields: Any) -> "Model":
         module = self.backbone.module.clone(**fields)
@@ -197,14 +206,16 @@ def attach(backbone: Backbone, heads: Mapping[str, Any], *, key: jax.Array) -> M
     out = jax.eval_shape(lambda: backbone.module.apply(own, batch))
     out = {name: jnp.zeros(value.shape, value.dtype) for name, value in out.items()}
     params = {"backbone": backbone.params, "heads": {}}
-    model = Model(backbone, dict(heads), params, _stats(backbone))
+    model = Model(backbone, dict(heads), params, {})
     if any(head.tied for head in heads.values()):
         out["table"] = model._table(model.params)
     fresh = {
-        name: head.init(jax.random.fold_in(key, position), out, batch).get("params", {})
+        name: head.init(jax.random.fold_in(key, position), out, batch)
         for position, (name, head) in enumerate(heads.items())
     }
-    return dataclasses.replace(model, params={"backbone": backbone.params, "heads": fresh})
+    params["heads"] = {name: made.get("params", {}) for name, made in fresh.items()}
+    of_heads = {name: made["batch_stats"] for name, made in fresh.items() if "batch_stats" in made}
+    return dataclasses.replace(model, stats=_stats(backbone.stats, of_heads))
 
 
 def add_head(model: Model, name: str, head: Any, *, key: jax.Array) -> Model:
@@ -215,13 +226,24 @@ def add_head(model: Model, name: str, head: Any, *, key: jax.Array) -> Model:
     """
     if name in model.heads:
         raise ValueError(f"the model has a head {name!r} among {sorted(model.heads)}; take another")
-    fresh = attach(model.backbone, {name: head}, key=key).params["heads"]
-    params = {**model.params, "heads": {**model.params["heads"], **fresh}}
-    return dataclasses.replace(model, heads={**model.heads, name: head}, params=params)
+    fresh = attach(model.backbone, {name: head}, key=key)
+    params = {**model.params, "heads": {**model.params["heads"], **fresh.params["heads"]}}
+    of_heads = {**model.stats.get("heads", {}), **fresh.stats.get("heads", {})}
+    stats = _stats(model.stats.get("backbone", {}), of_heads)
+    return dataclasses.replace(model, heads={**model.heads, name: head}, params=params, stats=stats)
 
 
-def _stats(backbone: Backbone) -> dict[str, Any]:
-    return {"backbone": backbone.stats} if backbone.stats else {}
+def _stats(backbone: Any, heads: Any) -> dict[str, Any]:
+    """Return the branches that hold anything."""
+    return {name: tree for name, tree in (("backbone", backbone), ("heads", heads)) if tree}
+
+
+def _mutable(stats: Any) -> list[str]:
+    return ["batch_stats"] if stats else []
+
+
+def _has_axis(module: Any) -> bool:
+    return hasattr(module, "axis_name")
 
 
 def _rngs(key: jax.Array | None) -> dict[str, jax.Array]:
