@@ -12,6 +12,7 @@ from benchmarks import (
     freezing,
     held_prefix,
     jtl_steps,
+    known_answers,
     measure,
     reviews,
     schedule,
@@ -32,7 +33,9 @@ SECONDS = {**OURS, **EAGER, "torch_compile/forward": 3.0, "torch_compile/full": 
 FLOPS = {"forward": 100.0, "matmul": 60.0, "head": 100.0, "last_block": 120.0, "full": 300.0}
 
 
-@pytest.mark.parametrize("module", [measure, table, torch_text, reviews], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [known_answers, measure, table, torch_text, reviews], ids=lambda m: m.__name__
+)
 def test_examples(module):
     assert doctest.testmod(module).failed == 0
 
