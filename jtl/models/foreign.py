@@ -40,6 +40,7 @@ READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (
 
 # Classes that hold a part of what their `model_type` is, and the family that reads them.
 CLASSES: dict[str, str] = {
+    "SamModel": "sam_vision_model",
     "T5EncoderModel": "t5_encoder",
     "T5ForTokenClassification": "t5_encoder",
 }

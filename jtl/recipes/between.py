@@ -16,6 +16,7 @@ from jtl.recipes.datasets import Datasets, once
 from jtl.recipes.retain import PARTS, Watched
 from jtl.recipes.tasks import Task
 from jtl.train.evaluate import Predict, make_predict
+from jtl.train.held import held_stats
 from jtl.train.statistics import make_recompute
 
 TARGET = "target"
@@ -82,9 +83,23 @@ def make_ends(start: Backbone | Model, tuned: Model) -> Ends:
             "start and tuned weights are the same, but for new heads: there is nothing between "
             "them; give the backbone that the run began from, and a run that moved it"
         )
-    stats = start.stats if isinstance(start, Model) else {"backbone": start.stats}
-    stats = stats if jax.tree.leaves(stats) else tuned.stats
+    stats = _start_stats(start, tuned, heads)
     return Ends(dataclasses.replace(tuned, params=params, stats=stats), tuned, mask, heads)
+
+
+def _start_stats(start: Backbone | Model, tuned: Model, heads: dict[str, str]) -> dict[str, Any]:
+    """Return the statistics of the start; of heads that it does not have, the tuned ones."""
+    theirs = start.stats if isinstance(start, Model) else {"backbone": start.stats}
+    stats = dict(tuned.stats)
+    if "backbone" in stats and jax.tree.leaves(theirs.get("backbone", {})):
+        stats["backbone"] = theirs["backbone"]
+    if "heads" in stats:
+        kept = theirs.get("heads", {})
+        stats["heads"] = {
+            name: kept[name] if heads[name] == "interpolated" and name in kept else own
+            for name, own in stats["heads"].items()
+        }
+    return stats
 
 
 def make_line(
@@ -175,16 +190,24 @@ def _statistics(
 
 
 def _moved(ends: Ends) -> tuple[str, ...]:
-    """Return the stages from the lowest that differs up; below it all inputs are the same.
+    """Return what has statistics among the stages from the lowest that differs up, and the heads.
 
-    None of them where only heads differ.
+    Below it all inputs are the same. Where only heads differ, those that do.
     """
     tuned = ends.tuned
     names = set(trees.changes(ends.start.params, tuned.params))
     pairs = zip(masks.names(tuned.params), jax.tree.leaves(tuned.labels), strict=True)
     labels = {label for name, label in pairs if name in names}
     places = [i for i, label in enumerate(tuned.groups) if label in labels]
-    return tuned.groups[min(places, default=len(tuned.groups)) :]
+    stages = tuned.groups[min(places, default=len(tuned.groups)) :]
+    heads = tuple(name for name in tuned.heads if stages or name in labels)
+    return tuple(label for label in (*stages, *heads) if _has_stats(tuned, label))
+
+
+def _has_stats(model: Model, label: str) -> bool:
+    """Return whether a label has running statistics; what has none need not be live for them."""
+    held = held_stats(model.stats, model.labels, frozenset({label}))
+    return not all(jax.tree.leaves(held))
 
 
 def _outputs(line: Line, model: Model, part: str) -> dict[str, dict[str, Any]]:

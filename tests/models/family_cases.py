@@ -83,6 +83,18 @@ _SPEECH = dict(
     initializer_range=0.3,
 )
 _SIGLIP_TEXT = dict(_TEXT, num_hidden_layers=1, projection_size=16)
+_SAM = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    mlp_ratio=1.5,
+    image_size=12,
+    patch_size=4,
+    output_channels=8,
+    window_size=2,
+    global_attn_indexes=[1],
+    initializer_range=0.3,
+)
 _SATELLITE = dict(
     hidden_size=16,
     num_hidden_layers=2,
@@ -135,6 +147,22 @@ _SWIN = dict(
     patch_size=2,
     image_size=12,
     initializer_range=0.3,
+)
+_WHISPER = dict(
+    vocab_size=31,
+    d_model=16,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+    num_mel_bins=4,
+    max_source_positions=6,
+    max_target_positions=8,
+    init_std=0.3,
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+    decoder_start_token_id=1,
 )
 
 
@@ -189,6 +217,7 @@ CASES: dict[str, Case] = {
     "qwen3": Case(dict(_GROUPED, head_dim=8)),
     "resnet": Case(dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")),
     "roberta": Case(_TEXT),
+    "sam_vision_model": Case(_SAM),
     "satmae": Case(
         {**_SATELLITE, "num_channels": 4, "channel_groups": [[0, 2], [3]], "channel_embed": 4}
     ),
@@ -203,6 +232,8 @@ CASES: dict[str, Case] = {
     "vit": Case(_PATCHES),
     "vit_mae": Case(_PATCHES),
     "wav2vec2": Case(dict(_SPEECH, feat_extract_norm="layer", do_stable_layer_norm=True)),
+    "whisper": Case(_WHISPER),
+    "whisper_encoder": Case(_WHISPER),
     "xlm-roberta": Case(_TEXT),
 }
 

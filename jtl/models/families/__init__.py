@@ -45,6 +45,7 @@ TABLE: dict[str, str] = {
     "qwen3": "qwen:QWEN3",
     "resnet": "resnet:RESNET",
     "roberta": "roberta:ROBERTA",
+    "sam_vision_model": "sam:SAM_VISION",
     "satmae": "satellite:SATMAE",
     "satmae_temporal": "satellite:SATMAE_TEMPORAL",
     "siglip": "siglip:SIGLIP",
@@ -57,6 +58,8 @@ TABLE: dict[str, str] = {
     "vit": "vit:VIT",
     "vit_mae": "mae:VIT_MAE",
     "wav2vec2": "wav2vec2:WAV2VEC2",
+    "whisper": "whisper:WHISPER",
+    "whisper_encoder": "whisper:WHISPER_ENCODER",
     "xlm-roberta": "roberta:XLM_ROBERTA",
 }
 
