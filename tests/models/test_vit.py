@@ -1,20 +1,29 @@
 """ViT: names and shapes, values by hand, stages; parity with transformers' PyTorch models."""
 
+import dataclasses
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_oracle as oracle
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
 
+from jtl.data.images import image_inputs
+from jtl.models import export, load
 from jtl.models.backbone import stage_labels
 from jtl.models.families.vit import VIT as FAMILY
 from jtl.models.families.vit import vit_config
-from jtl.models.heads import Linear
+from jtl.models.families.vit_layouts import timm_config
+from jtl.models.heads import Distilled, Linear
+from jtl.models.load_head import load_head
+from jtl.models.model import attach
 from jtl.weights.files import read
 from jtl.weights.load import fill
-from jtl.weights.rename import normalise, to_ours, torch_name
+from jtl.weights.rename import normalise, to_ours, to_torch, torch_name
 from jtl.weights.report import check
 
 CONFIG = dict(
@@ -277,7 +286,9 @@ def test_config_errors(changes, message):
 
 
 def test_pooling_errors():
-    with pytest.raises(ValueError, match=r"'max' is not known to ViT.*'cls', 'mean', 'mean_norm', 'pooler'"):
+    with pytest.raises(
+        ValueError, match=r"'max' is not known to ViT.*'cls', 'mean', 'mean_norm', 'pooler'"
+    ):
         FAMILY.make(CONFIG, "max", jnp.float32)
     with pytest.raises(
         ValueError, match="pooler has width 7, the tokens 24; .*pooling='cls' or 'mean'"
@@ -345,6 +356,233 @@ def test_config_takes_one_number_for_both_sides():
     assert (made.image_size, made.patch_size, made.patches) == ((8, 8), (4, 4), 4)
     # What is left over at the edge is not read, as in transformers.
     assert vit_config({**CONFIG, "image_size": (9, 15)}).patches == 6
+
+
+DEIT_CONFIG = {**CONFIG, "model_type": "deit", "image_size": 8}
+TIMM = {
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.cls_token": "cls_token",
+    "embeddings.distillation_token": "dist_token",
+    "encoder.layer": "blocks",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm.": "norm.",
+    "pooler.dense": "pre_logits.fc",
+}
+
+
+def _backbone(config=None, family="vit", pooling=None):
+    return load.new_backbone(
+        family, config or {**CONFIG, "image_size": 8}, key=jax.random.key(0), pooling=pooling
+    )
+
+
+def _as_timm(params):
+    """The names of timm, query, key and value in one, as a dict of PyTorch's layout."""
+    tensors = {}
+    for path, leaf in flatten_dict(params, sep="/").items():
+        name, layout = torch_name(path, FAMILY.rules)
+        for ours, theirs in TIMM.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = to_torch(np.asarray(leaf), layout)
+    for i in range(3):
+        for kind in ("weight", "bias"):
+            names = [
+                f"blocks.{i}.attention.attention.{n}.{kind}" for n in ("query", "key", "value")
+            ]
+            tensors[f"blocks.{i}.attn.qkv.{kind}"] = np.concatenate([tensors.pop(n) for n in names])
+    return tensors
+
+
+def _same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.parametrize(("family", "config"), [("vit", None), ("deit", DEIT_CONFIG)])
+def test_the_names_of_timm_are_read(tmp_path, family, config):
+    backbone = _backbone(config, family)
+    tensors = _as_timm(backbone.params)
+    assert tensors["blocks.0.attn.qkv.weight"].shape == (72, 24)
+    assert ("dist_token" in tensors) == (family == "deit")
+    tensors |= {"head.weight": np.ones((5, 24), np.float32), "head.bias": np.zeros(5, np.float32)}
+    if family == "deit":
+        tensors |= {"head_dist.weight": tensors["head.weight"], "head_dist.bias": np.ones(5, "f4")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    again = load.load_backbone(
+        tmp_path / "model.safetensors", family=family, config=backbone.config
+    )
+    _same(again.params, backbone.params)
+    assert again.report.fresh == again.report.wrong_shape == ()
+
+
+def test_a_table_without_the_token_gets_zeros_before_it(tmp_path):
+    backbone = _backbone()
+    tensors = _as_timm(backbone.params)
+    tensors["pos_embed"] = tensors["pos_embed"][:, 1:].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    again = load.load_backbone(tmp_path / "model.safetensors", family="vit", config=backbone.config)
+    table = again.params["embeddings"]["position_embeddings"]
+    assert not table[0, 0].any()
+    _same(table[0, 1:], backbone.params["embeddings"]["position_embeddings"][0, 1:])
+
+
+def test_a_folder_of_timm_says_what_it_is(tmp_path):
+    config = timm_config(
+        {"architecture": "vit_tiny_patch16_clip_224", "model_args": {"img_size": 32}}
+    )
+    config["num_hidden_layers"] = 3
+    backbone = _backbone(config)
+    assert backbone.params["embeddings"]["norm_pre"]["scale"].shape == (192,)
+    names = timm_config({"architecture": "deit_base_distilled_patch16_224"})
+    assert (names["model_type"], names["hidden_size"], names["pre_norm"]) == ("deit", 768, False)
+    names = timm_config({"architecture": "vit_large_patch14_clip_quickgelu_224.openai"})
+    assert (names["hidden_act"], names["patch_size"], names["num_hidden_layers"]) == (
+        "quick_gelu", 14, 24,
+    )  # fmt: skip
+    assert timm_config({"architecture": "vit_base_patch16_siglip_224"}) is None
+    with pytest.raises(ValueError, match="is a ViT that is not built here"):
+        stated = {"architecture": "vit_base_patch16_224", "model_args": {"reg_tokens": 4}}
+        timm_config(stated)
+
+
+def test_a_whole_folder_of_timm_with_its_inputs(tmp_path):
+    stated = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 5,
+        "model_args": {"img_size": 32},
+    }
+    stated["pretrained_cfg"] = dict(
+        input_size=[3, 32, 32], mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2], crop_pct=0.8,
+        interpolation="bicubic",
+    )  # fmt: skip
+    config = timm_config(stated)
+    module = FAMILY.make(config, "cls", jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), FAMILY.example(config))["params"]
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
+    flat = flatten_dict(params, sep="/")
+    flat = {path: leaf for path, leaf in flat.items() if "pooler" not in path}
+    tensors = {}
+    for path, leaf in flat.items():
+        name, layout = torch_name(path, FAMILY.rules)
+        tensors[name] = to_torch(leaf, layout)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    backbone = load.load_backbone(tmp_path)
+    assert backbone.inputs.size == (32, 32) and backbone.inputs.processor.size == {
+        "shortest_edge": 40
+    }
+    batch = backbone.inputs([np.full((50, 60, 3), 255, np.uint8)])
+    np.testing.assert_allclose(batch["pixel_values"][0, 5, 5], [2.5, 3.0, 3.5], atol=1e-5)
+    assert len(backbone.config["id2label"]) == 5
+
+
+def test_the_archives_of_its_authors_are_read(tmp_path):
+    backbone = _backbone()
+    stored = {}
+    parts = {"layernorm_before": "LayerNorm_0", "layernorm_after": "LayerNorm_2"}
+    parts |= {"intermediate/dense": "MlpBlock_3/Dense_0", "attention/output/dense": "A/out"}
+    parts |= {"output/dense": "MlpBlock_3/Dense_1", "attention/attention": "A"}
+    for path, leaf in flatten_dict(backbone.params, sep="/").items():
+        name, array = path, np.asarray(leaf)
+        for ours, theirs in parts.items():
+            name = name.replace(ours, theirs)
+        if "/A/out/kernel" in name:
+            array = array.reshape(4, 6, 24)
+        elif re.search("/A/(query|key|value)/", name):
+            array = array.reshape(*array.shape[:-1], 4, 6)
+        name = name.replace("/A/", "/MultiHeadDotProductAttention_1/")
+        name = name.replace("encoder/layer/", "Transformer/encoderblock_")
+        name = name.replace("embeddings/patch_embeddings/projection", "embedding")
+        name = name.replace(
+            "embeddings/position_embeddings", "Transformer/posembed_input/pos_embedding"
+        )
+        name = name.replace("embeddings/cls_token", "cls").replace("pooler/dense", "pre_logits")
+        stored[re.sub("^layernorm/", "Transformer/encoder_norm/", name)] = array
+    name = "Transformer/encoderblock_2/MultiHeadDotProductAttention_1/key/kernel"
+    assert stored[name].shape == (24, 4, 6)
+    stored["head/kernel"], stored["head/bias"] = np.zeros((24, 5)), np.zeros(5)
+    np.savez(tmp_path / "B_16.npz", **stored)
+    again = load.load_backbone(
+        tmp_path / "B_16.npz", family="vit", config=backbone.config, pooling="pooler"
+    )
+    _same(again.params, backbone.params)
+
+
+def test_deit_has_two_tokens_and_two_classifiers():
+    backbone = _backbone(DEIT_CONFIG, "deit", "distilled")
+    batch = _batch(size=(8, 8))
+    out = backbone(batch)
+    assert out["tokens"].shape == (3, 2 + 4, 24)
+    np.testing.assert_allclose(out["pooled"], out["tokens"][:, :2].mean(1), atol=1e-6)
+    mean = _backbone(DEIT_CONFIG, "deit", "mean")(batch)
+    np.testing.assert_allclose(mean["pooled"], mean["tokens"][:, 2:].mean(1), atol=1e-6)
+    head = Distilled(2, "zeros")
+    params = head.init(jax.random.key(0), out, {})["params"]
+    params["cls_classifier"]["bias"] = jnp.array([1.0, 2.0])
+    params["distillation_classifier"]["bias"] = jnp.array([3.0, 8.0])
+    np.testing.assert_array_equal(head.apply({"params": params}, out, {})[0], [2.0, 5.0])
+
+
+def _folder(folder, backbone):
+    export.export(folder, attach(backbone, {"head": Linear(2)}, key=jax.random.key(0)))
+    return folder
+
+
+def test_another_size_comes_with_its_inputs(tmp_path):
+    backbone = dataclasses.replace(_backbone(), inputs=image_inputs(8, mean=(0.1, 0.2, 0.3)))
+    folder = _folder(tmp_path / "x", backbone)
+    wide = load.load_backbone(folder, image_size=(12, 16))
+    assert wide.params["embeddings"]["position_embeddings"].shape == (1, 13, 24)
+    assert wide.config["image_size"] == [12, 16] and wide.inputs.size == (12, 16)
+    assert tuple(wide.inputs.processor.image_mean) == (0.1, 0.2, 0.3)
+    assert wide(wide.inputs([np.zeros((9, 9, 3), np.uint8)]))["tokens"].shape == (1, 13, 24)
+    again = load.load_backbone(_folder(tmp_path / "y", wide))
+    _same(again.params, wide.params)
+    assert again.inputs.size == (12, 16)
+    _same(load.load_backbone(folder, image_size=8).params, backbone.params)
+
+
+def test_other_channels_change_the_first_convolution_only(tmp_path):
+    backbone = dataclasses.replace(_backbone(), inputs=image_inputs(8))
+    folder = _folder(tmp_path / "x", backbone)
+    grey = load.load_backbone(folder, channels=1)
+    assert grey.inputs.channels == 1 and grey.config["num_channels"] == 1
+    image = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    three = {"pixel_values": np.repeat(image, 3, axis=-1)}
+    one, alike = grey({"pixel_values": image})["tokens"], backbone(three)["tokens"]
+    np.testing.assert_allclose(one, alike, atol=1e-4)
+    more = load.load_backbone(folder, channels=5, new_channels="zeros")
+    image = np.random.default_rng(0).normal(size=(2, 8, 8, 5)).astype(np.float32)
+    got, old = more({"pixel_values": image}), backbone({"pixel_values": image[..., :3]})
+    np.testing.assert_allclose(got["tokens"], old["tokens"], atol=1e-5)
+    with pytest.raises(ValueError, match="a model of 5 channels"):
+        more.inputs([image[0]])
+
+
+def test_placed_leaves_are_placed_again(tmp_path):
+    folder, placed = _folder(tmp_path / "x", _backbone()), {}
+
+    def place(path, array):
+        placed[path] = array.shape
+        return jax.device_put(array, jax.devices()[-1])
+
+    wide = load.load_backbone(folder, image_size=12, place=place)
+    assert placed["embeddings/position_embeddings"] == (1, 10, 24)
+    assert {leaf.devices().pop() for leaf in jax.tree.leaves(wide.params)} == {jax.devices()[-1]}
+
+
+def test_the_mean_before_the_norm():
+    module, variables = _made("mean_norm")
+    out = module.apply(variables, _batch())
+    norm = variables["params"]["layernorm"]
+    mean = np.asarray(out["tokens"][:, 1:]).mean(1)
+    normal = (mean - mean.mean(1, keepdims=True)) / mean.std(1, keepdims=True)
+    expected = normal * norm["scale"][None] + norm["bias"][None]
+    np.testing.assert_allclose(out["pooled"], expected, atol=1e-5)
 
 
 @pytest.fixture
@@ -468,3 +706,49 @@ def test_names_and_shapes_at_base_are_those_of_transformers(torch):
         axes = {"same": range(len(shape)), "dense": (1, 0), "conv": (3, 2, 0, 1)}[layout]
         ours[name] = tuple(shape[axis] for axis in axes)
     assert ours == theirs
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["vit", "deit"])
+def test_another_size_is_that_of_transformers(torch, tmp_path, kind):
+    class_name = {"vit": "ViTModel", "deit": "DeiTModel"}[kind]
+    sizes = {**CONFIG, "image_size": 16, "model_type": kind}
+    peer = oracle.peer(
+        class_name, tmp_path, **{k: v for k, v in sizes.items() if k != "model_type"}
+    )
+    for size in ((24, 24), (8, 20)):
+        backbone = load.load_backbone(tmp_path, image_size=size)
+        batch = _batch(2, size)
+        theirs = peer(**oracle.to_torch(batch), interpolate_pos_encoding=True)
+        _close(backbone(batch)["tokens"], theirs.last_hidden_state, 2e-5)
+
+
+@pytest.mark.parity
+def test_deit_is_that_of_transformers(torch, tmp_path):
+    import transformers
+
+    config = {k: v for k, v in DEIT_CONFIG.items() if k != "model_type"}
+    labels = {"id2label": {i: str(i) for i in range(5)}}
+    folder, name = tmp_path / "theirs", "DeiTForImageClassificationWithTeacher"
+    peer = oracle.peer(name, folder, **config, **labels)
+    backbone = load.load_backbone(folder)
+    batch = _batch(2, (8, 8))
+    head, own = load_head(folder, backbone, "distilled_classification")
+    theirs = peer(**oracle.to_torch(batch), output_hidden_states=True)
+    oracle.close(head.apply({"params": own}, backbone(batch), batch), theirs.logits)
+    for stop, hidden in enumerate(theirs.hidden_states[:4], start=1):
+        run = backbone.module.apply({"params": backbone.params}, batch, frozenset(), stop)
+        oracle.close(run, hidden)
+
+    def loss(params):
+        out = backbone.module.apply({"params": params}, batch)
+        return jnp.sum(jnp.square(head.apply({"params": own}, out, batch)))
+
+    oracle.same_gradients(backbone, loss, peer, (theirs.logits**2).sum())
+    model = attach(backbone, {"head": head}, key=jax.random.key(0))
+    model.params["heads"]["head"] = own
+    export.export(tmp_path / "ours", model)
+    again = getattr(transformers, name).from_pretrained(tmp_path / "ours").eval()
+    again = again(**oracle.to_torch(batch)).logits.detach().numpy()
+    oracle.close(again, theirs.logits)
+    assert oracle.names_agree("DeiTModel", "deit") == 5 + 12 * 16 + 4
