@@ -1,6 +1,7 @@
 """ResNet: names and shapes, values by hand, statistics; parity with transformers' PyTorch."""
 
 import functools
+import json
 import re
 
 import jax
@@ -11,12 +12,16 @@ from flax.traverse_util import flatten_dict
 
 from jtl.models.backbone import stage_labels
 from jtl.models.families.resnet import RESNET as FAMILY
-from jtl.models.families.resnet import places, resnet_config
+from jtl.models.families.resnet import resnet_config
 from jtl.models.heads import Linear
+from jtl.models.layers.stated import places
+from jtl.models.load import load_backbone
+from jtl.models.load_head import load_head
 from jtl.weights.files import read
 from jtl.weights.load import fill
-from jtl.weights.rename import normalise, to_ours, torch_name
+from jtl.weights.rename import normalise, to_ours, to_torch, torch_name
 from jtl.weights.report import check
+from jtl.weights.save import write
 
 CONFIG = dict(
     model_type="resnet",
@@ -351,6 +356,41 @@ def test_flax_checkpoint_loads_as_it_is(tmp_path):
     trees, report = fill(template, read(tmp_path), rules=FAMILY.rules, aliases=FAMILY.aliases)
     check(report, allow_unexpected=FAMILY.ignored)
     jax.tree.map(np.testing.assert_array_equal, trees, variables)
+
+
+def _torchvision(name):
+    """Torchvision's name of one of transformers' names."""
+    parts, kind = name.split("."), {"convolution": "conv", "normalization": "bn"}
+    if parts[0] == "embedder":
+        return f"{kind[parts[2]]}1.{parts[3]}"
+    lead = f"layer{int(parts[2]) + 1}.{parts[4]}"
+    if parts[5] == "shortcut":
+        return f"{lead}.downsample.{int(parts[6] == 'normalization')}.{parts[7]}"
+    return f"{lead}.{kind[parts[7]]}{int(parts[6]) + 1}.{parts[8]}"
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.encoder."])
+def test_names_of_torchvision_load(tmp_path, prefix):
+    _, variables = _one()
+    names = {"projector.weight": np.zeros(1, np.float32)} if prefix else {}
+    for path, leaf in flatten_dict({**variables["params"]}, sep="/").items():
+        name, layout = torch_name(path, FAMILY.rules)
+        names[prefix + _torchvision(name)] = to_torch(np.asarray(leaf), layout)
+    for path, leaf in flatten_dict({**variables["batch_stats"]}, sep="/").items():
+        name = prefix + _torchvision(torch_name(path)[0])
+        names[name] = np.asarray(leaf)
+        names[name.rsplit(".", 1)[0] + ".num_batches_tracked"] = np.zeros((), np.int64)
+    names[f"{prefix}fc.weight"] = np.arange(32.0, dtype=np.float32).reshape(2, 16)
+    names[f"{prefix}fc.bias"] = np.ones(2, np.float32)
+    assert f"{prefix}layer2.0.downsample.1.running_var" in names
+    write(tmp_path / "model.safetensors", names)
+    config = {**CONFIG, "id2label": {"0": "a", "1": "b"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = load_backbone(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, made.params, variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, made.stats, variables["batch_stats"])
+    _, head = load_head(tmp_path, made, "classification")
+    np.testing.assert_array_equal(head["classifier"]["kernel"][:, 1], np.arange(16.0) + 16)
 
 
 def test_config_is_hashable():
