@@ -22,6 +22,7 @@ from jtl.data.fingerprint import fingerprint
 from jtl.data.folders import from_folder
 from jtl.data.images import ImageInputs, image_inputs, load_image_inputs
 from jtl.data.mix import mixed_batches, mixed_shapes, split_rows
+from jtl.data.pairs import PairInputs, pair_inputs
 from jtl.data.sources import Source, from_arrays
 from jtl.data.split import split
 from jtl.data.store import Store, fitting, room
@@ -33,6 +34,7 @@ __all__ = [
     "AudioInputs",
     "Dataset",
     "ImageInputs",
+    "PairInputs",
     "Source",
     "Store",
     "TextInputs",
@@ -56,6 +58,7 @@ __all__ = [
     "load_text_inputs",
     "mixed_batches",
     "mixed_shapes",
+    "pair_inputs",
     "plan",
     "room",
     "row_shapes",

@@ -61,7 +61,7 @@ def llava_config(config: Mapping[str, Any]) -> LlavaConfig:
     """
     text, vision = config["text_config"], config["vision_config"]
     row = families.family(text.get("model_type", "llama"), "text_config")
-    language = row.make(text, row.poolings[0])
+    language = row.make(text, row.poolings[0], jnp.float32)
     kind = vision.get("model_type", "clip_vision_model")
     if not isinstance(language, Decoder) or kind != "clip_vision_model":
         raise ValueError(

@@ -157,8 +157,9 @@ class MedClip(nn.Module):
         both = zip(towers, self._streams(index, hidden, batch), self._depths, strict=True)
         for tower, stream, depth in both:
             layer = two_towers.layer_of(index, self.blocks, depth)
-            runs = stream is not None and layer >= 0
-            made.append(tower.layer(layer, stream, batch, live) if runs else stream)
+            if stream is not None and layer >= 0:
+                stream = tower.layer(layer, stream, batch, live)
+            made.append(stream)
         return two_towers.joint(*made)
 
     def top(self, hidden: jax.Array, batch: Batch, live: bool = False) -> Out:
@@ -199,7 +200,7 @@ class MedClip(nn.Module):
 
 
 def _config(config: Mapping[str, Any]) -> MedClipConfig:
-    text = BERT.make(config["text_config"], "mean")
+    text = BERT.make(config["text_config"], "mean", jnp.float32)
     vision = resnet_config(config["vision_config"])
     return MedClipConfig(vision, text.config, config["image_size"], config["projection_dim"])
 

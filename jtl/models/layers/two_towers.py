@@ -112,4 +112,5 @@ def pooled_side(out: Out, pooling: str) -> jax.Array:
     [[1.0, 1.0]]
     """
     other = {"image": "text", "text": "image"}[pooling]
-    return out.get(f"{pooling}_embeds", out.get(f"{other}_embeds"))
+    own, instead = f"{pooling}_embeds", f"{other}_embeds"
+    return out[own] if own in out else out[instead]
