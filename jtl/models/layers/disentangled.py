@@ -104,7 +104,7 @@ class DisentangledAttention(nn.Module):
                 bias = bias + _by_place(query * scale, for_query)
             if for_key is not None:
                 bias = bias + _by_place(key * scale, for_key).swapaxes(2, 3)
-        # Not cuDNN: in 16 bits the bias at padding would be infinite.
+        # Not cuDNN: the bias at padding overflows 16 bits.
         return attention(
             *(query, key, value),
             bias=_masked(bias, mask),

@@ -104,6 +104,8 @@ class _Attention(nn.Module):
     ) -> jax.Array:
         """Return (n, positions, dim); seen (n, keys, dim) is what is attended to."""
         query, key, value = self._heads(self.q(hidden)), self.k(seen), self.v(seen)
+        # Not cuDNN beside a bias: the gradient of the bias has not been compared there.
+        plain = bias is not None and jax.default_backend() != "cpu"
         found = attention(
             *(query, self._heads(key), self._heads(value)),
             mask=mask,
@@ -111,6 +113,7 @@ class _Attention(nn.Module):
             causal=self.causal,
             scale=1.0,
             dropout=self.drop if live and self.sizes.dropout > 0 else None,
+            implementation="einsum" if plain else None,
         )
         return self.o(found.reshape(*hidden.shape[:-1], -1))
 
@@ -168,6 +171,7 @@ class _Part(nn.Module):
         if self.kind == "SelfAttention":
             found = self.SelfAttention(inner, inner, mask, bias, live)
         elif self.kind == "EncDecAttention":
+            assert seen is not None, "a decoder's block is called with what the encoder gave"
             found = self.EncDecAttention(inner, seen, mask, None, live)
         else:
             found = self.DenseReluDense(inner, live)
