@@ -43,6 +43,8 @@ CLASSES: dict[str, str] = {
     "SamModel": "sam_vision_model",
     "T5EncoderModel": "t5_encoder",
     "T5ForTokenClassification": "t5_encoder",
+    "WhisperEncoder": "whisper_encoder",
+    "WhisperForAudioClassification": "whisper_encoder",
 }
 
 

@@ -27,6 +27,21 @@ def sincos(values: Float[Array, "*shape"], dim: int) -> Float[Array, "*shape dim
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def sinusoids(length: int, dim: int) -> np.ndarray:
+    """Return Whisper's table (length, dim): its slowest wave has the speed 1/10000 itself.
+
+    Raises:
+        ValueError: `dim` is odd.
+
+    >>> sinusoids(2, 4).round(4).tolist()
+    [[0.0, 0.0, 1.0, 1.0], [0.8415, 0.0001, 0.5403, 1.0]]
+    """
+    _halves(dim, 2)
+    speeds = 1.0 / 10000 ** (np.arange(dim // 2) / max(dim // 2 - 1, 1))
+    angles = np.outer(np.arange(length), speeds)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
 def sincos_2d(rows: int, columns: int, dim: int, *, before: int = 1) -> np.ndarray:
     """Return the table (before + rows * columns, dim) of MAE: the column's half, then the row's.
 
