@@ -25,6 +25,7 @@ def table(
     image: str | None = None,
     label: str = "label",
     where: Mapping[str, Any] | None = None,
+    test_where: Mapping[str, Any] | None = None,
     classes: tuple[str, ...] | None = None,
     train: int,
     validation: int,
@@ -39,6 +40,8 @@ def table(
         image: column of the images (encoded bytes or paths).
         label: column of the labels: strings, integers, or numbers for a regression.
         where: {column: value} keeps the rows that have these values.
+        test_where: the same for the test rows, where the table has a test part of its own; None
+            cuts them from the others.
         classes: names of the classes, the label being an integer from 0 up or one of the names; ()
             makes integers numbers, for a regression; None takes the labels themselves.
         train: rows to train on.
@@ -47,10 +50,17 @@ def table(
         seed: of the split.
     """
     column: dict[str, Any] = {"image": image} if image else {"text": text or "text"}
-    source = data.from_table(
-        str(hub.locate(path)), **column, label=label, where=where, classes=classes
-    )
-    return split(source, train=train, validation=validation, test=test, seed=seed)
+    file = str(hub.locate(path))
+    source = data.from_table(file, **column, label=label, where=where, classes=classes)
+    if test_where is None:
+        return split(source, train=train, validation=validation, test=test, seed=seed)
+    names = source.classes if classes is None else classes
+    tested = data.from_table(file, **column, label=label, where=test_where, classes=names)
+    sizes = {"train": train, "validation": validation}
+    return {
+        **data.split(source, sizes, seed=seed),
+        **data.split(tested, {"test": test}, seed=seed),
+    }
 
 
 def folder(
