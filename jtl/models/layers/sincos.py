@@ -33,7 +33,7 @@ def sinusoids(length: int, dim: int) -> np.ndarray:
     Raises:
         ValueError: `dim` is odd.
 
-    >>> sinusoids(2, 4).round(4).tolist()
+    >>> sinusoids(2, 4).astype(float).round(4).tolist()
     [[0.0, 0.0, 1.0, 1.0], [0.8415, 0.0001, 0.5403, 1.0]]
     """
     _halves(dim, 2)
@@ -54,7 +54,7 @@ def sincos_2d(rows: int, columns: int, dim: int, *, before: int = 1) -> np.ndarr
     Raises:
         ValueError: `dim` is no multiple of 4.
 
-    >>> sincos_2d(1, 2, 4).round(2).tolist()
+    >>> sincos_2d(1, 2, 4).astype(float).round(2).tolist()
     [[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 1.0], [0.84, 0.54, 0.0, 1.0]]
     """
     _halves(dim, 4)
@@ -69,7 +69,7 @@ def sincos_3d(frames: int, rows: int, columns: int, dim: int, *, before: int = 1
     Raises:
         ValueError: `dim` is no multiple of 16.
 
-    >>> sincos_3d(2, 1, 1, 16)[2, 12:].round(2).tolist()
+    >>> sincos_3d(2, 1, 1, 16)[2, 12:].astype(float).round(2).tolist()
     [0.84, 0.01, 0.54, 1.0]
     """
     _halves(dim, 16)
