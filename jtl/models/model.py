@@ -186,24 +186,25 @@ def attach(backbone: Backbone, heads: Mapping[str, Any], *, key: jax.Array) -> M
         key: for the initial weights of the heads.
 
     Raises:
-        ValueError: a head bears the name of a stage, or there is no head.
+        ValueError: a head bears the name of a stage or of an output of the backbone, or there is no
+            head.
     """
-    stage_names = stages.stage_labels(backbone.module.blocks)
-    taken = {*stage_names, stages.UNUSED, "tokens", "pooled", "table"} & set(heads)
     untied = [name for name, head in heads.items() if head.tied and not backbone.family.table]
     if untied:
         raise ValueError(
             f"the heads {untied} read the word embedding; {backbone.family.model_type} has none; "
             "give heads that are not tied"
         )
+    batch = backbone.family.example(backbone.config)
+    own = variables(backbone.params, backbone.stats)
+    out = jax.eval_shape(lambda: backbone.module.apply(own, batch))
+    stage_names = stages.stage_labels(backbone.module.blocks)
+    taken = {*stage_names, stages.UNUSED, "table", *out} & set(heads)
     if taken or not heads:
         raise ValueError(
             f"heads are named {sorted(heads)}; {sorted(taken)} are names of the backbone's own; "
             "give at least one head, under a name of its own"
         )
-    batch = backbone.family.example(backbone.config)
-    own = variables(backbone.params, backbone.stats)
-    out = jax.eval_shape(lambda: backbone.module.apply(own, batch))
     out = {name: jnp.zeros(value.shape, value.dtype) for name, value in out.items()}
     params = {"backbone": backbone.params, "heads": {}}
     model = Model(backbone, dict(heads), params, {})

@@ -187,14 +187,16 @@ class T5(nn.Module):
         return pack(source, target)
 
     def top(self, hidden: jax.Array, batch: Batch, live: bool = False) -> Out:
-        """Return "tokens" of the decoder, "encoder" of the encoder, and "pooled"."""
+        """Return "tokens" of the decoder, which of them are real, "encoder", and "pooled"."""
         source, target = self._streams(hidden, batch)
         target = self.decoder.end(target, live)
         stream, _, how = self.pooling.partition("_")
         mask = batch.get("attention_mask" if stream == "encoder" else "decoder_attention_mask")
         tokens = {"tokens": source if stream == "encoder" else target}
         pooled = pool(tokens, {} if mask is None else {"attention_mask": mask}, how)
-        return {"tokens": target, "encoder": source, "pooled": pooled}
+        real = batch.get("decoder_attention_mask")
+        real = jnp.ones(target.shape[:2], bool) if real is None else jnp.asarray(real).astype(bool)
+        return {"tokens": target, "token_mask": real, "encoder": source, "pooled": pooled}
 
     def _streams(self, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
         lengths = {}

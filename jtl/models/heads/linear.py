@@ -43,7 +43,7 @@ class Linear(nn.Module):
     ) -> jax.Array:
         """Return float32 logits (n, outputs)."""
         if self.pooling == "attention":
-            mask = batch.get("attention_mask")
+            mask = out.get("token_mask", batch.get("attention_mask"))
             features = AttentionPool(name="attention")(out["tokens"], mask)
         else:
             features = pool(out, batch, self.pooling).astype(jnp.float32)
