@@ -5,7 +5,7 @@
 
 Head first, then the last blocks with it; what lies below them is held, so its activations are
 computed once. The photographs of the published test part were taken in other shops; phases and the
-probe are chosen on rows cut from the training part.
+probe are chosen on rows cut from the training part. Expected: not measured.
 """
 
 import os
