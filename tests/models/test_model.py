@@ -329,7 +329,7 @@ def test_a_model_needs_a_head():
 def test_heads_errors():
     with pytest.raises(ValueError, match="pooling 'max' is not known"):
         _model(heads={"head": Linear(5, pooling="max")})
-    with pytest.raises(ValueError, match="'ones' is not known; there are 'normal' and 'zeros'"):
+    with pytest.raises(ValueError, match=r"'ones' is not known; there are \['normal', 'scaled', 'zeros'\]"):
         _model(heads={"head": Linear(5, start="ones")})
 
 
