@@ -201,8 +201,7 @@ class Whisper(nn.Module):
         encoded, decoded = self._streams(hidden)
         depth = self.config.encoder.layers
         if index >= depth:
-            mask = batch.get("decoder_attention_mask")
-            decoded = self.decoder.layer(index - depth, decoded, encoded, mask, live)
+            decoded = self.decoder.layer(index - depth, decoded, encoded, _mask(batch), live)
         else:
             encoded = self.encoder.block(index, encoded, batch, live)
             if index == depth - 1:
@@ -213,9 +212,9 @@ class Whisper(nn.Module):
         """Return "tokens" (the decoder's), "encoded" (the encoder's) and "pooled"."""
         encoded, decoded = self._streams(hidden)
         out = {"tokens": self.decoder.end(decoded), "encoded": encoded}
-        mask = batch.get("decoder_attention_mask")
+        mask = _mask(batch)
         if mask is not None:
-            out["token_mask"] = jnp.asarray(mask).astype(bool)
+            out["token_mask"] = mask
         return {**out, "pooled": pool(out, {}, self.pooling)}
 
     def __call__(
@@ -227,6 +226,11 @@ class Whisper(nn.Module):
     def _streams(self, hidden: jax.Array) -> tuple[jax.Array, ...]:
         side = self.config.encoder
         return unpack(hidden, (side.positions, -1), (side.width, side.width))
+
+
+def _mask(batch: Batch) -> jax.Array | None:
+    mask = batch.get("decoder_attention_mask")
+    return None if mask is None else jnp.asarray(mask).astype(bool)
 
 
 def _features(batch: Batch, config: WhisperConfig) -> jax.Array:
