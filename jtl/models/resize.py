@@ -33,9 +33,10 @@ def positions_of(path: str, *, antialias: bool = False) -> Resize:
         params: Mapping[str, Any], config: Mapping[str, Any], size: tuple[int, int]
     ) -> Changed:
         patch = pair(config["patch_size"], "patch_size")
-        old = grid(pair(config["image_size"], "image_size"), patch)
-        flat = flatten_dict(params, sep="/")
-        flat[path] = interpolate_positions(flat[path], old, grid(size, patch), antialias=antialias)
+        old: Any = grid(pair(config["image_size"], "image_size"), patch)
+        new: Any = grid(size, patch)
+        flat: Any = flatten_dict(params, sep="/")
+        flat[path] = interpolate_positions(flat[path], old, new, antialias=antialias)
         return unflatten_dict(flat, sep="/"), {**config, "image_size": _stated(size)}
 
     return resize
@@ -47,7 +48,7 @@ def channels_of(*paths: str) -> Channels:
     def change(
         params: Mapping[str, Any], config: Mapping[str, Any], channels: int, new: NewChannels
     ) -> Changed:
-        flat = flatten_dict(params, sep="/")
+        flat: Any = flatten_dict(params, sep="/")
         flat |= {path: adapt_channels(flat[path], channels, new) for path in paths}
         return unflatten_dict(flat, sep="/"), {**config, "num_channels": channels}
 
@@ -79,18 +80,18 @@ def adapted(
         ValueError: the family has no positions that can be interpolated, or no channels.
     """
     before = flatten_dict(params, sep="/")
-    changed, config = dict(params), dict(config)
+    changed, stated = dict(params), dict(config)
     if image_size is not None:
         _has(row, "resize", "image_size")
-        changed, config = row.resize(changed, config, pair(image_size, "image_size"))
+        changed, stated = row.resize(changed, stated, pair(image_size, "image_size"))
     if channels is not None:
         _has(row, "channels", "channels")
-        changed, config = row.channels(changed, config, channels, new_channels)
+        changed, stated = row.channels(changed, stated, channels, new_channels)
     flat = flatten_dict(changed, sep="/")
     if place is not None:
         new = [path for path, leaf in flat.items() if leaf is not before[path]]
         flat |= {path: place(path, np.asarray(flat[path])) for path in new}
-    return unflatten_dict(flat, sep="/"), config
+    return unflatten_dict(flat, sep="/"), stated
 
 
 def _has(row: Any, field: str, option: str) -> None:

@@ -145,7 +145,9 @@ def _groups(config: Mapping[str, Any], pooling: str) -> Rules:
 def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
     made = satellite_config(config)
     frames = () if made.kind == "satmae" else (made.num_frames,)
-    columns = {"pixel_values": (1, *frames, *made.image_size, made.num_channels)}
+    columns: dict[str, tuple[int, ...]] = {
+        "pixel_values": (1, *frames, *made.image_size, made.num_channels)
+    }
     if made.kind == "satmae_temporal":
         columns["timestamps"] = (1, made.num_frames, 3)
     if "time" in made.coords_encoding:
@@ -188,7 +190,7 @@ def prithvi_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         "img_size": "image_size",
         "in_chans": "num_channels",
     }
-    stated = config.get("pretrained_cfg") or {}
+    stated: dict[str, Any] = config.get("pretrained_cfg") or {}
     return {"model_type": "prithvi", **{theirs.get(k, k): v for k, v in stated.items()}}
 
 
