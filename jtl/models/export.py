@@ -23,8 +23,8 @@ from flax.traverse_util import flatten_dict
 from jtl.models import heads as head_kinds
 from jtl.models.backbone import Backbone
 from jtl.models.load import EXTRA_CONFIG, load_backbone
-from jtl.models.load_head import read_head, with_head_weights, with_heads
-from jtl.models.model import Model, attach
+from jtl.models.load_head import read_head, with_heads
+from jtl.models.model import Model, attach_weights, outline
 from jtl.weights.files import Checkpoint, read_config, read_json, read_safetensors
 from jtl.weights.load import fill
 from jtl.weights.rename import Rule, to_torch, torch_name
@@ -36,7 +36,9 @@ _FORMAT = 1
 _KINDS = {
     "CTC": head_kinds.CTC,
     "CausalLM": head_kinds.CausalLM,
+    "CellDecoder": head_kinds.CellDecoder,
     "Contrastive": head_kinds.Contrastive,
+    "DenseMap": head_kinds.DenseMap,
     "Distilled": head_kinds.Distilled,
     "Linear": head_kinds.Linear,
     "MaskedImage": head_kinds.MaskedImage,
@@ -111,11 +113,10 @@ def import_model(folder: str | Path) -> Model:
     rows = _head_rows(folder)
     backbone = load_backbone(folder)
     modules = {name: _module(name, row) for name, row in rows.items()}
-    model = attach(backbone, modules, key=jax.random.key(0))
+    params, stats = outline(backbone, modules)
     inside = {name: row["class"] for name, row in rows.items() if row["class"]}
-    heads = {"params": model.params["heads"], "stats": model.stats.get("heads", {})}
-    rest = {kind: _but(tree, *inside) for kind, tree in heads.items()}
-    if rest["params"]:
+    rest = {"params": _but(params, *inside), "stats": _but(stats, *inside)}
+    if jax.tree.leaves(rest["params"]):
         names, get = read_safetensors(folder / _HEADS)
         checkpoint = Checkpoint("flax", names, get, {}, folder)
         rest, report = fill(rest, checkpoint)
@@ -124,7 +125,8 @@ def import_model(folder: str | Path) -> Model:
         own = read_head(folder, backbone, kind)
         rest["params"][name] = own.params
         rest["stats"] |= {name: own.stats} if own.stats else {}
-    return with_head_weights(model, {name: rest["params"][name] for name in modules}, rest["stats"])
+    own = {name: rest["params"].get(name, {}) for name in modules}
+    return attach_weights(backbone, modules, own, rest["stats"])
 
 
 def read_labels(folder: str | Path) -> dict[str, tuple[str, ...]]:

@@ -1,7 +1,12 @@
 """Configs of other projects: what family, and what config of ours, a folder of theirs is."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from jtl.weights.pickles import contents
+
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def _open_clip(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -28,6 +33,12 @@ def _prithvi(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return prithvi_config(config)
 
 
+def _cellvit(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    from jtl.models.families.cellvit import read_config
+
+    return read_config(config)
+
+
 # Each looks at the dict of a config file; it returns the config in this library's terms, with its
 # `model_type`, or None where the file is not of its kind.
 READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (
@@ -35,6 +46,7 @@ READERS: tuple[Callable[[Mapping[str, Any]], dict[str, Any] | None], ...] = (
     _timm_vit,
     _timm_maps,
     _prithvi,
+    _cellvit,
 )
 
 
@@ -63,3 +75,15 @@ def recognised(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if "model_type" in config:
         return None
     return next((found for reader in READERS if (found := reader(config)) is not None), None)
+
+
+def inside(path: str | Path) -> dict[str, Any]:
+    """Return what a pickled file holds, {} for anything else: some state their config there.
+
+    Args:
+        path: of a checkpoint.
+    """
+    if not Path(path).is_file() or Path(path).suffix not in _PICKLES:
+        return {}
+    held = contents(path)
+    return {str(name): value for name, value in held.items()} if isinstance(held, Mapping) else {}

@@ -149,7 +149,11 @@ def new_backbone(
 
 
 def opened(
-    name: str | Path, *, family: str | None = None, config: Mapping[str, Any] | None = None
+    name: str | Path,
+    *,
+    family: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    otherwise: Mapping[str, Any] | None = None,
 ) -> tuple[Checkpoint, Family, dict[str, Any]]:
     """Return a checkpoint under its family's names, the family, and its whole config.
 
@@ -157,12 +161,15 @@ def opened(
         name: as for `load_backbone`.
         family: as for `load_backbone`.
         config: as for `load_backbone`.
+        otherwise: the config where neither the checkpoint nor `config` states one.
 
     Raises:
         ValueError: there is no such checkpoint, or no family reads it.
     """
-    checkpoint = read(locate(str(name)), config=config)
-    stated = foreign.recognised(checkpoint.config) or checkpoint.config
+    place = locate(str(name))
+    checkpoint = read(place, config=config)
+    own = checkpoint.config or foreign.inside(place)
+    stated = foreign.recognised(own) or checkpoint.config or otherwise or {}
     source = f"{str(checkpoint.folder)!r}"
     row = families.family(family or foreign.family_of(stated), source)
     if row.part and row.part in stated and stated.get("model_type") != row.model_type:

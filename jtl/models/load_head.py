@@ -1,6 +1,5 @@
 """Pretrained heads of a checkpoint, to be attached to its backbone."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import jax
 
 from jtl.models.backbone import Backbone
 from jtl.models.load import opened
-from jtl.models.model import Model, attach
+from jtl.models.model import Model, attach, attach_weights, outline
 from jtl.weights.load import fill
 from jtl.weights.report import check
 
@@ -57,27 +56,9 @@ def with_heads(name: str | Path, backbone: Backbone, kinds: Mapping[str, str]) -
     """
     found = {label: read_head(name, backbone, kind) for label, kind in kinds.items()}
     modules = {label: head.module for label, head in found.items()}
-    model = attach(backbone, modules, key=jax.random.key(0))
     params = {label: head.params for label, head in found.items()}
-    return with_head_weights(
-        model, params, {label: head.stats for label, head in found.items() if head.stats}
-    )
-
-
-def with_head_weights(model: Model, params: Mapping[str, Any], stats: Mapping[str, Any]) -> Model:
-    """Return a model with other weights of its heads.
-
-    Args:
-        model: backbone and heads.
-        params: {head: parameters}, of all heads.
-        stats: {head: running statistics}, of the heads that have some.
-    """
-    kept = {name: tree for name, tree in model.stats.items() if name != "heads"}
-    return dataclasses.replace(
-        model,
-        params={**model.params, "heads": dict(params)},
-        stats={**kept, "heads": dict(stats)} if stats else kept,
-    )
+    stats = {label: head.stats for label, head in found.items() if head.stats}
+    return attach_weights(backbone, modules, params, stats)
 
 
 def read_head(name: str | Path, backbone: Backbone, kind: str) -> ReadHead:
@@ -103,14 +84,20 @@ def read_head(name: str | Path, backbone: Backbone, kind: str) -> ReadHead:
             f"{head.class_name} reads pooling {head.pooling!r}; the backbone has "
             f"{backbone.pooling!r}; load it with pooling={head.pooling!r}"
         )
-    checkpoint, _, config = opened(name, family=row.model_type)
+    checkpoint, _, config = opened(name, family=row.model_type, otherwise=backbone.config)
     module = head.make(config, backbone)
-    fresh = attach(backbone, {"head": module}, key=jax.random.key(0))
-    template = {"params": fresh.params["heads"]["head"]}
-    template["stats"] = fresh.stats.get("heads", {}).get("head", {})
+    params, stats = outline(backbone, {"head": module})
+    template = {"params": params["head"], "stats": stats.get("head", {})}
     if not template["params"]:  # nothing of its own: a tied one without bias
         return ReadHead(module, {}, {})
     trees, report = fill(template, checkpoint, rules=head.rules, aliases=row.aliases)
     source = f"the {kind} head of the checkpoint {str(name)!r}"
     check(report, allow_fresh=head.optional, allow_unexpected=(".*",), source=source)
+    if report.fresh:
+        fresh = attach(backbone, {"head": module}, key=jax.random.key(0)).params["heads"]["head"]
+        trees["params"] = jax.tree.map(_filled, trees["params"], fresh)
     return ReadHead(module, trees["params"], trees["stats"])
+
+
+def _filled(found: Any, fresh: Any) -> Any:
+    return fresh if isinstance(found, jax.ShapeDtypeStruct) else found

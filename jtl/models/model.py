@@ -198,25 +198,74 @@ def attach(backbone: Backbone, heads: Mapping[str, Any], *, key: jax.Array) -> M
     batch = backbone.family.example(backbone.config)
     own = variables(backbone.params, backbone.stats)
     out = jax.eval_shape(lambda: backbone.module.apply(own, batch))
+    out, batch = _example(backbone, heads)
+    fresh = {
+        name: head.init(jax.random.fold_in(key, position), out, batch)
+        for position, (name, head) in enumerate(heads.items())
+    }
+    params, stats = _parts(fresh)
+    return attach_weights(backbone, heads, params, stats)
+
+
+def attach_weights(
+    backbone: Backbone,
+    heads: Mapping[str, Any],
+    params: Mapping[str, Any],
+    stats: Mapping[str, Any],
+) -> Model:
+    """Put heads with weights of their own on a backbone.
+
+    Args:
+        backbone: the features.
+        heads: {name: head module}, as for `attach`.
+        params: {name: parameters} of all heads.
+        stats: {name: running statistics} of the heads that have some.
+    """
+    own = {"backbone": backbone.params, "heads": dict(params)}
+    return Model(backbone, dict(heads), own, _stats(backbone.stats, dict(stats)))
+
+
+def outline(backbone: Backbone, heads: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the shapes of the heads' params and stats, as `attach_weights` takes them.
+
+    Nothing is computed or compiled.
+
+    Raises:
+        ValueError: as for `attach`.
+    """
+    out, batch = _example(backbone, heads)
+    key = jax.random.key(0)
+    return _parts({n: jax.eval_shape(head.init, key, out, batch) for n, head in heads.items()})
+
+
+def _example(backbone: Backbone, heads: Mapping[str, Any]) -> tuple[Out, Batch]:
+    """Return a batch of the backbone and what heads read of it, zeros of the right shapes."""
     stage_names = stages.stage_labels(backbone.module.blocks)
-    taken = {*stage_names, stages.UNUSED, "table", *out} & set(heads)
+    taken = {*stage_names, stages.UNUSED, "tokens", "pooled", "table"} & set(heads)
+    untied = [name for name, head in heads.items() if head.tied and not backbone.family.table]
+    if untied:
+        raise ValueError(
+            f"the heads {untied} read the word embedding; {backbone.family.model_type} has none; "
+            "give heads that are not tied"
+        )
     if taken or not heads:
         raise ValueError(
             f"heads are named {sorted(heads)}; {sorted(taken)} are names of the backbone's own; "
             "give at least one head, under a name of its own"
         )
+    batch = backbone.family.example(backbone.config)
+    own = variables(backbone.params, backbone.stats)
+    out = jax.eval_shape(lambda: backbone.module.apply(own, batch))
     out = {name: jnp.zeros(value.shape, value.dtype) for name, value in out.items()}
-    params = {"backbone": backbone.params, "heads": {}}
-    model = Model(backbone, dict(heads), params, {})
     if any(head.tied for head in heads.values()):
-        out["table"] = model._table(model.params)
-    fresh = {
-        name: head.init(jax.random.fold_in(key, position), out, batch)
-        for position, (name, head) in enumerate(heads.items())
-    }
-    params["heads"] = {name: made.get("params", {}) for name, made in fresh.items()}
-    of_heads = {name: made["batch_stats"] for name, made in fresh.items() if "batch_stats" in made}
-    return dataclasses.replace(model, stats=_stats(backbone.stats, of_heads))
+        out["table"] = attach_weights(backbone, heads, {}, {})._table({"backbone": backbone.params})
+    return out, batch
+
+
+def _parts(fresh: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the params of all heads, and the stats of those that have some."""
+    stats = {name: made["batch_stats"] for name, made in fresh.items() if "batch_stats" in made}
+    return {name: made.get("params", {}) for name, made in fresh.items()}, stats
 
 
 def add_head(model: Model, name: str, head: Any, *, key: jax.Array) -> Model:

@@ -40,6 +40,15 @@ _PATCHES = dict(
     patch_size=4,
     initializer_range=0.3,
 )
+_CELLVIT = dict(
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    mlp_ratio=1.5,
+    image_size=32,
+    extract_layers=[1, 2, 3, 4],
+    initializer_range=0.3,
+)
 # The tests' tokens are 3 to 30: the largest one ends a text.
 _CLIP_TEXT = dict(_TEXT, hidden_size=12, num_hidden_layers=1, eos_token_id=2)
 _DEBERTA = dict(
@@ -185,6 +194,10 @@ CASES: dict[str, Case] = {
         dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], projection_size=6)
     ),
     "camembert": Case(_TEXT),
+    "cellvit": Case(_CELLVIT),
+    "cellvit_sam": Case(
+        {**_CELLVIT, "output_channels": 8, "window_size": 2, "global_attn_indexes": [1, 3]}
+    ),
     "clip": Case(dict(text_config=_CLIP_TEXT, vision_config=_PATCHES, projection_dim=8)),
     "clip_text_model": Case(_CLIP_TEXT),
     "clip_vision_model": Case(_PATCHES),

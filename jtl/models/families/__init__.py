@@ -16,6 +16,8 @@ TABLE: dict[str, str] = {
     "bert": "bert:BERT",
     "biovil_image": "biovil:BIOVIL_IMAGE",
     "camembert": "roberta:CAMEMBERT",
+    "cellvit": "cellvit:CELLVIT",
+    "cellvit_sam": "cellvit:CELLVIT_SAM",
     "clip": "clip:CLIP",
     "clip_text_model": "clip:CLIP_TEXT",
     "clip_vision_model": "clip:CLIP_VISION",

@@ -5,8 +5,10 @@ A head is a Linen module called as `head(out, batch, live)`, with two fields tha
 `out["table"]`, the word embedding of the backbone (vocabulary, dim).
 """
 
+from jtl.models.heads.cell_decoder import CellDecoder, CellMaps, cell_maps
 from jtl.models.heads.contrastive import Contrastive
 from jtl.models.heads.ctc import CTC
+from jtl.models.heads.dense_map import DenseMap
 from jtl.models.heads.distilled import Distilled
 from jtl.models.heads.language import CausalLM, MaskedLM
 from jtl.models.heads.linear import Linear
@@ -20,7 +22,10 @@ __all__ = [
     "CTC",
     "POOLINGS",
     "CausalLM",
+    "CellDecoder",
+    "CellMaps",
     "Contrastive",
+    "DenseMap",
     "Distilled",
     "Linear",
     "MaskedImage",
@@ -31,6 +36,7 @@ __all__ = [
     "TokenLinear",
     "TokenProjection",
     "TwoLayer",
+    "cell_maps",
     "pool",
     "reconstruction_loss",
 ]

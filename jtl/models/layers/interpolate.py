@@ -19,6 +19,7 @@ def interpolate_positions(
     *,
     antialias: bool = False,
     align_corners: bool = False,
+    offset: float = 0.0,
 ) -> Float[Array, "1 others dim"]:
     """Return a table for `new` rows and columns of patches from one for `old`, in float32.
 
@@ -32,6 +33,7 @@ def interpolate_positions(
         antialias: whether a smaller grid averages over what it covers; the kernel then is Pillow's
             (a = -0.5) and not PyTorch's own (a = -0.75).
         align_corners: whether the outermost patches stay in the corners.
+        offset: added to the wanted sides where the scale is made of them; DINO's code has 0.1.
 
     Raises:
         ValueError: the table has fewer positions than patches.
@@ -50,7 +52,8 @@ def interpolate_positions(
         return table
     patches = table[0, before:].astype(jnp.float32).reshape(*old, -1)
     rows, columns = (
-        jnp.asarray(_weights(a, b, antialias, align_corners)) for a, b in zip(old, new, strict=True)
+        jnp.asarray(_weights(a, b, antialias, align_corners, offset))
+        for a, b in zip(old, new, strict=True)
     )
     made = jnp.einsum("pr,rcd->pcd", rows, patches, precision=jax.lax.Precision.HIGHEST)
     made = jnp.einsum("qc,pcd->pqd", columns, made, precision=jax.lax.Precision.HIGHEST)
@@ -58,10 +61,10 @@ def interpolate_positions(
     return jnp.concatenate([table[:, :before], made], axis=1)
 
 
-def _weights(old: int, new: int, antialias: bool, align_corners: bool) -> np.ndarray:
+def _weights(old: int, new: int, antialias: bool, align_corners: bool, offset: float) -> np.ndarray:
     """Return the (new, old) matrix that interpolates along one side."""
     weights = np.zeros((new, old))
-    scale = old / new
+    scale = old / (new + offset)
     if align_corners:
         scale = (old - 1) / (new - 1) if new > 1 else 0.0
     for place in range(new):
