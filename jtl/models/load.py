@@ -1,5 +1,6 @@
 """From a folder, a hub id or a bare config to a `Backbone`."""
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -196,7 +197,8 @@ def full_config(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"model_type": model_type, **family.complete(config)}
     from transformers import AutoConfig
 
-    own = {name: value for name, value in config.items() if name != "model_type"}
+    # A copy: transformers' config classes write into nested fields such as rope_scaling.
+    own = copy.deepcopy({name: value for name, value in config.items() if name != "model_type"})
     try:
         # All fields go in: some defaults follow from others (stage names from depths, labels).
         whole = AutoConfig.for_model(model_type, **own)
