@@ -38,7 +38,11 @@ class AudioInputs:
         return self.column == "input_features"
 
     def __call__(
-        self, recordings: Sequence[Any], *, rate: int | None = None, length: int | None = None
+        self,
+        recordings: Sequence[Any] | np.ndarray,
+        *,
+        rate: int | None = None,
+        length: int | None = None,
     ) -> dict[str, np.ndarray]:
         """Return {"input_values": (n, samples)} or {"input_features": (n, mels, frames)}, float32.
 
@@ -72,7 +76,9 @@ class AudioInputs:
         batch = {self.column: padded}
         return {**batch, "attention_mask": mask} if self.extractor.return_attention_mask else batch
 
-    def lengths(self, recordings: Sequence[Any], *, rate: int | None = None) -> np.ndarray:
+    def lengths(
+        self, recordings: Sequence[Any] | np.ndarray, *, rate: int | None = None
+    ) -> np.ndarray:
         """Return the number of samples (n,) that each recording has at the model's rate."""
         _check_list(recordings)
         return np.asarray(
@@ -85,12 +91,13 @@ class AudioInputs:
         self.extractor.save_pretrained(str(folder))
 
     @property
-    def _limit(self) -> int | None:
+    def limit(self) -> int | None:
+        """The longest recording in samples of the model's rate, None where there is no limit."""
         return None if self.max_seconds is None else round(self.max_seconds * self.sampling_rate)
 
     def _wave(self, recording: Any, rate: int | None, row: int) -> np.ndarray:
         wave, rate = _opened(recording, rate, row)
-        return resampled(wave, rate, self.sampling_rate)[: self._limit]
+        return resampled(wave, rate, self.sampling_rate)[: self.limit]
 
     def _length(self, recording: Any, rate: int | None, row: int) -> int:
         if isinstance(recording, str | Path):
@@ -99,7 +106,7 @@ class AudioInputs:
             array, rate = _rated(recording, rate, row)
             samples = len(array)
         made = -(-samples * self.sampling_rate // rate)
-        return made if self._limit is None else min(made, self._limit)
+        return made if self.limit is None else min(made, self.limit)
 
 
 def load_audio_inputs(folder: str | Path, config: Mapping[str, Any]) -> AudioInputs:
@@ -184,7 +191,8 @@ def _made(extractor: Any, max_seconds: float | None) -> AudioInputs:
     own = getattr(extractor, "chunk_length", None)
     if own is not None:
         max_seconds = min(own, max_seconds or own)
-    return AudioInputs(extractor, int(extractor.sampling_rate), max_seconds)
+    seconds = None if max_seconds is None else float(max_seconds)
+    return AudioInputs(extractor, int(extractor.sampling_rate), seconds)
 
 
 def _narrow(array: Any) -> np.ndarray:

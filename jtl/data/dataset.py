@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jtl.data.audio import AudioInputs
 from jtl.data.buckets import bucket_of, choose_buckets
 from jtl.data.fingerprint import fingerprint
 from jtl.data.images import ImageInputs
@@ -164,7 +165,8 @@ def encode(
     """Return the examples of a source as the model reads them.
 
     Texts are tokenised once, into memory. Images are made once where they fit, else batch by batch;
-    those of `data.sources.Pixels` stay bytes until they are in a batch.
+    those of `data.sources.Pixels` stay bytes until they are in a batch. Recordings likewise, in
+    buckets by length where the model reads samples.
 
     Args:
         source: raw examples.
@@ -172,23 +174,29 @@ def encode(
         buckets: at most so many padded lengths of texts, those that pad least; or the lengths
             themselves, say the training set's, so that evaluation compiles no further shapes: one
             more is added where a text is longer than all.
-        multiple: lengths that are chosen here are multiples of it.
-        max_length: texts are cut to so many tokens; None is all that the checkpoint takes.
-        memory_bytes: images of more than this in all are not kept in memory.
+        multiple: lengths that are chosen here are multiples of it; those of recordings of a tenth
+            of a second.
+        max_length: texts are cut to so many tokens, recordings to so many samples of the model's
+            rate; None is all that the checkpoint takes.
+        memory_bytes: images or recordings of more than this in all are not kept in memory.
 
     Raises:
-        ValueError: the source holds texts and the inputs are for images or the reverse, or an
-            example cannot be encoded.
+        ValueError: the source holds other examples than the inputs are for, or an example cannot be
+            encoded.
     """
-    modality = {TextInputs: "text", ImageInputs: "image"}.get(type(inputs))
+    kinds = {TextInputs: "text", ImageInputs: "image", AudioInputs: "audio"}
+    names = {"text": "texts", "image": "images", "audio": "recordings"}
+    modality = kinds.get(type(inputs))
     if modality != source.modality:
         raise ValueError(
-            f"{source.name} holds {source.modality}s; the backbone's inputs are "
+            f"{source.name} holds {names[source.modality]}; the backbone's inputs are "
             f"{type(inputs).__name__}; take data or a backbone of the other kind, or give the "
-            "backbone its inputs (data.load_text_inputs, data.image_inputs)"
+            "backbone its inputs (data.load_text_inputs, data.image_inputs, data.audio_inputs)"
         )
     if modality == "text":
         return _texts(source, inputs, buckets, multiple, max_length)
+    if modality == "audio":
+        return _recordings(source, inputs, buckets, max_length, memory_bytes)
     return _images(source, inputs, memory_bytes)
 
 
@@ -201,12 +209,7 @@ def _texts(
 ) -> Dataset:
     ragged = inputs.tokens(source.columns["text"], max_length=max_length)
     lengths = np.asarray([len(ids) for ids in ragged["input_ids"]])
-    limit = max_length or inputs.max_length
-    if isinstance(buckets, int):
-        buckets = choose_buckets(lengths, buckets, multiple=multiple, limit=limit)
-    else:
-        longest = choose_buckets(lengths, 1, multiple=multiple, limit=limit)
-        buckets = tuple(sorted({*buckets, *(longest if lengths.max() > max(buckets) else ())}))
+    buckets = _buckets(lengths, buckets, multiple, max_length or inputs.max_length)
     bucket = bucket_of(lengths, buckets)
     parts = tuple(
         inputs.padded(ragged, np.flatnonzero(bucket == b), length)
@@ -238,6 +241,45 @@ def _images(source: Source, inputs: ImageInputs, memory_bytes: int) -> Dataset:
         return lazy
     part = _all_rows(lazy, np.arange(source.size))
     return dataclasses.replace(lazy, parts=(part,), read=None, origin=None)
+
+
+def _recordings(
+    source: Source,
+    inputs: AudioInputs,
+    buckets: int | tuple[int, ...],
+    max_length: int | None,
+    memory_bytes: int,
+) -> Dataset:
+    raw, labels = source.columns["audio"], source.columns["label"]
+    bucket, chosen = np.zeros(source.size, np.int32), (0,)
+    if not inputs.fixed:
+        lengths = np.minimum(inputs.lengths(raw), max_length or np.iinfo(np.int64).max)
+        limit = max_length or inputs.limit
+        chosen = _buckets(lengths, buckets, max(inputs.sampling_rate // 10, 1), limit)
+        bucket = bucket_of(lengths, chosen)
+
+    def read(rows: np.ndarray) -> dict[str, np.ndarray]:
+        return inputs([raw[row] for row in rows.tolist()], length=chosen[bucket[rows[0]]] or None)
+
+    def origin() -> str:
+        made = ahead(lambda row: fingerprint(raw[row]), 0, source.size, prefetch=2)
+        return fingerprint(repr(inputs.extractor), inputs.max_seconds, list(made))
+
+    parts = tuple({} for _ in chosen)
+    lazy = Dataset(
+        *(parts, bucket, labels, source.classes, chosen, read), name=source.name, origin=origin
+    )
+    return lazy.loaded(memory_bytes)
+
+
+def _buckets(
+    lengths: np.ndarray, buckets: int | tuple[int, ...], multiple: int, limit: int | None
+) -> tuple[int, ...]:
+    """Return that many lengths that pad least, or the given ones and a longer one if needed."""
+    if isinstance(buckets, int):
+        return choose_buckets(lengths, buckets, multiple=multiple, limit=limit)
+    longest = choose_buckets(lengths, 1, multiple=multiple, limit=limit)
+    return tuple(sorted({*buckets, *(longest if lengths.max() > max(buckets) else ())}))
 
 
 def _all_rows(lazy: Dataset, rows: np.ndarray, chunk: int = 32) -> dict[str, np.ndarray]:

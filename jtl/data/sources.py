@@ -9,7 +9,7 @@ import numpy as np
 from jtl.data.labels import as_labels
 from jtl.near import listed
 
-INPUTS = ("text", "image")
+INPUTS = ("text", "image", "audio")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,8 +64,9 @@ class Source:
     """Labelled raw examples; nothing about batches or models.
 
     Attributes:
-        columns: "text" (strings) or "image" (arrays, encoded bytes, paths or PIL images), and
-            "label", an array of int32 classes or float32 numbers.
+        columns: "text" (strings), "image" (arrays, encoded bytes, paths or PIL images) or "audio"
+            (paths of WAV files, or pairs of an array and its rate), and "label", an array of int32
+            classes or float32 numbers.
         classes: names of the classes; None where the label is a number.
         name: where the examples are from, for errors and reports.
     """
@@ -81,7 +82,7 @@ class Source:
 
     @property
     def modality(self) -> str:
-        """The raw input's column: "text" or "image"."""
+        """The raw input's column: "text", "image" or "audio"."""
         return next(name for name in INPUTS if name in self.columns)
 
     def take(self, rows: Any) -> "Source":
@@ -101,8 +102,9 @@ def from_arrays(
     """Return the source of columns in memory.
 
     Args:
-        columns: "text" (strings) or "image" (uint8 arrays (height, width, channels), encoded bytes,
-            paths or PIL images), and the labels.
+        columns: "text" (strings), "image" (uint8 arrays (height, width, channels), encoded bytes,
+            paths or PIL images) or "audio" (paths of WAV files, or pairs of a float array and its
+            samples a second), and the labels.
         label: name of the column of labels: strings and integers are classes, floats are numbers.
         classes: names of the classes, None for the sorted distinct labels, `()` for a regression.
         name: for errors and reports.

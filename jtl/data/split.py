@@ -59,6 +59,8 @@ def _identity(value: Any) -> Any:
         return value
     if isinstance(value, Path):
         value = value.read_bytes()
+    if isinstance(value, tuple):  # a recording and its rate
+        return tuple(_identity(part) for part in value)
     if isinstance(value, bytes):
         return hashlib.blake2b(value, digest_size=16).digest()
     array = np.ascontiguousarray(value)
