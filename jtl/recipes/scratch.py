@@ -55,6 +55,11 @@ def _inputs(
                 f"{sorted(config)}; give tokenizer= the folder or hub id of one"
             )
         return data.load_text_inputs(hub.locate(tokenizer), config)
+    if families.family(family).modality == "audio":
+        raise ValueError(
+            f"a new {family} reads recordings; only texts and images are made here; its config has "
+            f"{sorted(config)}; take models.load.new_backbone with inputs=data.audio_inputs()"
+        )
     if "image_size" not in config:
         raise ValueError(
             f"a new {family} reads images and its config states no image_size; it has "
