@@ -38,6 +38,7 @@ _KINDS = {
     "CausalLM": head_kinds.CausalLM,
     "CellDecoder": head_kinds.CellDecoder,
     "Contrastive": head_kinds.Contrastive,
+    "Decoupled": head_kinds.Decoupled,
     "DenseMap": head_kinds.DenseMap,
     "Distilled": head_kinds.Distilled,
     "Linear": head_kinds.Linear,
@@ -166,7 +167,9 @@ def _module(name: str, row: Mapping[str, Any]) -> Any:
             f"head {name!r} is of kind {row['kind']!r}; jtl reads back {sorted(_KINDS)}; attach "
             f"it to load_backbone(folder) by hand, with its weights of {_HEADS}"
         )
-    return _KINDS[row["kind"]](**row["fields"])
+    # JSON has no tuples, and a module's fields are hashed.
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in row["fields"].items()}
+    return _KINDS[row["kind"]](**fields)
 
 
 def _class_kind(backbone: Backbone, head: Any) -> str | None:

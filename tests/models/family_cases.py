@@ -131,6 +131,27 @@ _MEDCLIP = dict(
     image_size=32,
     projection_dim=8,
 )
+_IDEFICS = dict(
+    {name: value for name, value in _TEXT.items() if name != "max_position_embeddings"},
+    additional_vocab_size=2,
+    cross_layer_interval=2,
+    vision_config=dict(
+        embed_dim=12,
+        intermediate_size=20,
+        image_size=8,
+        patch_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    ),
+    perceiver_config=dict(
+        resampler_n_latents=3,
+        resampler_depth=1,
+        resampler_n_heads=2,
+        resampler_head_dim=4,
+    ),
+    use_resampler=True,
+    alpha_initializer="ones",  # through a closed gate no gradient reaches the images
+)
 _LLAVA = dict(
     vision_config=dict(_PATCHES, model_type="clip_vision_model"),
     text_config=dict(_TEXT, model_type="llama", hidden_size=12),
@@ -215,6 +236,7 @@ CASES: dict[str, Case] = {
     "gpt2": Case(_GPT),
     "gpt_bigcode": Case(_GPT),
     "hubert": Case(_SPEECH),
+    "idefics": Case(_IDEFICS),
     "llama": Case(_GROUPED),
     "llava": Case(_LLAVA, _llava_batch),
     "medclip": Case(_MEDCLIP),

@@ -35,6 +35,7 @@ TABLE: dict[str, str] = {
     "gpt2": "gpt:GPT2",
     "gpt_bigcode": "gpt:GPT_BIGCODE",
     "hubert": "wav2vec2:HUBERT",
+    "idefics": "flamingo:IDEFICS",
     "llama": "llama:LLAMA",
     "llava": "llava:LLAVA",
     "medclip": "medclip:MEDCLIP",

@@ -241,17 +241,24 @@ class _Layer(nn.Module):
         return hidden + drop(mlp(normal))
 
 
-class _Layers(nn.Module):
-    """The layers under the names "0", "1", ... as in the checkpoints."""
+class DecoderLayers(nn.Module):
+    """The layers under the names "0", "1", ... as in the checkpoints, called one by one.
+
+    Attributes:
+        config: sizes, kinds and rates.
+        dtype: of the computation; parameters are float32.
+    """
 
     config: DecoderConfig
     dtype: Any
 
     def setup(self) -> None:
+        """Declare the layers."""
         count = self.config.num_hidden_layers
         self.layers = [_Layer(self.config, i, self.dtype, name=str(i)) for i in range(count)]
 
     def __call__(self, index: int, hidden: jax.Array, batch: Batch, live: bool) -> jax.Array:
+        """Return the output of layer `index` (n, positions, dim)."""
         return self.layers[index](hidden, batch, live)
 
 
@@ -280,7 +287,7 @@ class Decoder(nn.Module):
             config.vocab_size, config.hidden_size, dtype=jnp.float32, embedding_init=init
         )
         self.drop = Dropout(config.embedding_dropout)
-        self.layers = _Layers(config, self.dtype)
+        self.layers = DecoderLayers(config, self.dtype)
         self.norm = _norm(config, self.dtype, "norm")
 
     @property

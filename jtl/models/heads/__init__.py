@@ -8,6 +8,7 @@ A head is a Linen module called as `head(out, batch, live)`, with two fields tha
 from jtl.models.heads.cell_decoder import CellDecoder, CellMaps, cell_maps
 from jtl.models.heads.contrastive import Contrastive
 from jtl.models.heads.ctc import CTC
+from jtl.models.heads.decoupled import Decoupled
 from jtl.models.heads.dense_map import DenseMap
 from jtl.models.heads.distilled import Distilled
 from jtl.models.heads.language import CausalLM, MaskedLM
@@ -25,6 +26,7 @@ __all__ = [
     "CellDecoder",
     "CellMaps",
     "Contrastive",
+    "Decoupled",
     "DenseMap",
     "Distilled",
     "Linear",
