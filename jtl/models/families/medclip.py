@@ -1,10 +1,12 @@
-"""MedCLIP with a ResNet: chest X-rays beside the texts of Bio_ClinicalBERT.
+"""MedCLIP: chest X-rays, by a ResNet or by Swin, beside the texts of Bio_ClinicalBERT.
 
-The published file is a bare `pytorch_model.bin`: `load_backbone(file, family="medclip")`. Stages
-and outputs are CLIP's (`families/clip.py`): block i runs a residual layer and a layer of BERT,
-aligned from the top. A text's embedding is the projection of a mean over all its places, padding
-too, of the hidden states after the first, the second and the last layer; so the first two means
-travel with the hidden array as one place more. Images are square.
+The published files are a bare `pytorch_model.bin` each: `load_backbone(file, family="medclip")` for
+the one with ResNet-50, and with `config={"vision_config": {"model_type": "swin"}}` for the one with
+Swin tiny, which its authors call MedCLIP-ViT. Stages and outputs are CLIP's (`families/clip.py`):
+block i runs a layer of the image's network and a layer of BERT, aligned from the top. A text's
+embedding is the projection of a mean over all its places, padding too, of the hidden states after
+the first, the second and the last layer; so the first two means travel with the hidden array as
+one place more. Images are square.
 
 Reference: Wang et al. 2022, arXiv:2210.10163.
 """
@@ -19,23 +21,36 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jtl.models.backbone import UNUSED, Batch, Family, Out, Rules, run_stages
+from jtl.models.backbone import UNUSED, Batch, Family, Out, Rules, run_stages, stage_labels
 from jtl.models.families.bert import BERT, Bert
 from jtl.models.families.resnet import RESNET, ResNet, ResNetConfig, resnet_config
+from jtl.models.families.swin import SWIN, Swin, SwinConfig, swin_config
 from jtl.models.families.torchvision_names import resnet_rules
 from jtl.models.layers import flat_dot, pixels, two_towers, unpack
 from jtl.models.layers.maps import flat
 from jtl.models.layers.post_norm import EncoderConfig
+from jtl.models.layers.stated import places
+from jtl.weights.checkpoint import Checkpoint
 
 POOLINGS = ("image", "text")
-# ResNet-50 and Bio_ClinicalBERT.
-_VISION = {
-    "embedding_size": 64,
-    "hidden_sizes": [256, 512, 1024, 2048],
-    "depths": [3, 4, 6, 3],
-    "layer_type": "bottleneck",
-    "num_channels": 3,
+# ResNet-50, Swin tiny and Bio_ClinicalBERT.
+_VISION: dict[str, dict[str, Any]] = {
+    "resnet": {
+        "embedding_size": 64,
+        "hidden_sizes": [256, 512, 1024, 2048],
+        "depths": [3, 4, 6, 3],
+        "layer_type": "bottleneck",
+        "num_channels": 3,
+    },
+    "swin": {
+        "embed_dim": 96,
+        "depths": [2, 2, 6, 2],
+        "num_heads": [3, 6, 12, 24],
+        "num_channels": 3,
+    },
 }
+# What an image's projection is called: torchvision's classifier is replaced by it.
+_PROJECTION = {"resnet": "fc", "swin": "projection_head"}
 _TEXT = {"vocab_size": 28996}
 _TOP_SCALE = 4.6052  # the inverse temperature is kept from 1 to 100
 
@@ -44,15 +59,35 @@ _TOP_SCALE = 4.6052  # the inverse temperature is kept from 1 to 100
 class MedClipConfig:
     """Sizes of both towers, of the images, and of the space that they share."""
 
-    vision: ResNetConfig
+    vision: ResNetConfig | SwinConfig
     text: EncoderConfig
     image_size: int = 224
     projection_dim: int = 512
 
+    @property
+    def kind(self) -> str:
+        """The image's network, by its `model_type`."""
+        return "swin" if isinstance(self.vision, SwinConfig) else "resnet"
 
-def _projection(width: int, dtype: Any) -> nn.Dense:
-    init = nn.initializers.normal(0.02)
-    return nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=init, dot_general=flat_dot)
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of an image's map before the first layer and after each of them."""
+        if isinstance(self.vision, ResNetConfig):
+            sizes = self.vision.hidden_sizes
+            after = (sizes[stage] for stage, _ in places(self.vision.depths))
+            return self.vision.embedding_size, *after
+        depths, first = self.vision.depths, self.vision.embed_dim
+        # The last layer of a stage merges patches, which doubles the width.
+        after = (
+            first * 2 ** min(stage + (layer == depths[stage] - 1), len(depths) - 1)
+            for stage, layer in places(depths)
+        )
+        return first, *after
+
+
+def _projection(width: int, dtype: Any, name: str | None = None) -> nn.Dense:
+    options: Any = dict(kernel_init=nn.initializers.normal(0.02), dot_general=flat_dot)
+    return nn.Dense(width, use_bias=False, dtype=dtype, name=name, **options)
 
 
 class _Vision(nn.Module):
@@ -61,8 +96,13 @@ class _Vision(nn.Module):
     axis_name: str | None
 
     def setup(self) -> None:
-        self.model = ResNet(self.config.vision, "mean", self.dtype, self.axis_name)
-        self.projection_head = _projection(self.config.projection_dim, self.dtype)
+        if isinstance(self.config.vision, SwinConfig):
+            self.model = Swin(self.config.vision, "mean", self.dtype)
+        else:
+            self.model = ResNet(self.config.vision, "mean", self.dtype, self.axis_name)
+        self.projection = _projection(
+            self.config.projection_dim, self.dtype, _PROJECTION[self.config.kind]
+        )
 
     def stem(self, batch: Batch, live: bool) -> jax.Array:
         side = self.config.image_size
@@ -74,7 +114,7 @@ class _Vision(nn.Module):
 
     def top(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         out = self.model.top(_square(hidden), {})
-        return out["tokens"], self.projection_head(out["pooled"])
+        return out["tokens"], self.projection(out["pooled"])
 
 
 def _square(tokens: jax.Array) -> jax.Array:
@@ -180,14 +220,8 @@ class MedClip(nn.Module):
         self, index: int, hidden: jax.Array, batch: Batch
     ) -> tuple[jax.Array | None, jax.Array | None]:
         """Return the streams that enter block `index`; the image's widths differ by stage."""
-        config = self.config.vision
         done = two_towers.layer_of(index, self.blocks, self._depths[0])
-        widths = [
-            width
-            for width, n in zip(config.hidden_sizes, config.depths, strict=True)
-            for _ in range(n)
-        ]
-        width = widths[done - 1] if done > 0 else config.embedding_size
+        width = self.config.widths[max(done, 0)]
         length = batch["input_ids"].shape[1] + 1 if "input_ids" in batch else 0
         images, texts = unpack(hidden, (-1, length), (width, self.config.text.hidden_size))
         return images if images.shape[1] else None, texts if length else None
@@ -199,9 +233,20 @@ class MedClip(nn.Module):
         return run_stages(self, batch, live, stop)
 
 
+def _kind(config: Mapping[str, Any]) -> str:
+    kind = config.get("vision_config", {}).get("model_type", "resnet")
+    if kind not in _VISION:
+        raise ValueError(
+            f"vision_config of MedCLIP states model_type {kind!r}; its images are read by one of "
+            f"{sorted(_VISION)}; state one of them"
+        )
+    return kind
+
+
 def _config(config: Mapping[str, Any]) -> MedClipConfig:
     text = BERT.make(config["text_config"], "mean", jnp.float32)
-    vision = resnet_config(config["vision_config"])
+    make = swin_config if _kind(config) == "swin" else resnet_config
+    vision = make(config["vision_config"])
     return MedClipConfig(vision, text.config, config["image_size"], config["projection_dim"])
 
 
@@ -213,13 +258,17 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of the published model under what is stated."""
     from transformers import BertConfig
 
-    text = {**_TEXT, **config.get("text_config", {})}
+    kind, text = _kind(config), {**_TEXT, **config.get("text_config", {})}
     text = {name: value for name, value in text.items() if name != "model_type"}
     whole = json.loads(BertConfig(**text).to_json_string(use_diff=False))
     return {
         "image_size": config.get("image_size", 224),
         "projection_dim": config.get("projection_dim", 512),
-        "vision_config": {**_VISION, **config.get("vision_config", {})},
+        "vision_config": {
+            "model_type": kind,
+            **_VISION[kind],
+            **config.get("vision_config", {}),
+        },
         "text_config": {**whole, **text},
     }
 
@@ -229,7 +278,7 @@ def _groups(config: Mapping[str, Any], pooling: str) -> Rules:
     depths = sum(made.vision.depths), made.text.num_hidden_layers
     towers = ("vision_model", "text_model")
     inner = (
-        RESNET.groups(config["vision_config"], "mean"),
+        {"resnet": RESNET, "swin": SWIN}[made.kind].groups(config["vision_config"], "mean"),
         BERT.groups(config["text_config"], "mean"),
     )
     rules = [
@@ -237,8 +286,8 @@ def _groups(config: Mapping[str, Any], pooling: str) -> Rules:
         for tower, part, depth in zip(towers, inner, depths, strict=True)
         for rule, label in part
     ]
-    order = ["stem", *(f"block_{i}" for i in range(max(depths))), UNUSED]
-    tops = ((r"(vision|text)_model/projection_head/.*", "top"), ("logit_scale", "top"))
+    order = (*stage_labels(max(depths)), UNUSED)
+    tops = ((r"(vision|text)_model/(projection_head|fc)/.*", "top"), ("logit_scale", "top"))
     return (*sorted(rules, key=lambda rule: order.index(rule[1])), *tops)
 
 
@@ -255,6 +304,20 @@ def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {"pixel_values": images, **BERT.example(config["text_config"])}
 
 
+def _checked(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint, refused where its images are read by the other network."""
+    swin = "vision_model.projection_head.weight" in checkpoint.names
+    if swin != (_kind(config) == "swin") and any(
+        name.startswith("vision_model.") for name in checkpoint.names
+    ):
+        found = "swin" if swin else "resnet"
+        raise ValueError(
+            f"the images of this MedCLIP are read by {found!r} and the config states "
+            f"{_kind(config)!r}; give config={{'vision_config': {{'model_type': {found!r}}}}}"
+        )
+    return checkpoint
+
+
 MEDCLIP = Family(
     model_type="medclip",
     modality="image_text",
@@ -265,10 +328,12 @@ MEDCLIP = Family(
     example=_example,
     rules=(
         *resnet_rules("vision_model/model", "vision_model.model"),
-        ("vision_model/projection_head/kernel", "vision_model.model.fc.weight", "dense"),
+        ("vision_model/fc/kernel", "vision_model.model.fc.weight", "dense"),
+        (r"(vision_model/model/.*/projection)/kernel", r"\1.weight", "conv"),
     ),
     aliases=(("[.]gamma$", ".weight"), ("[.]beta$", ".bias")),
-    ignored=(r"(.*[.])?(num_batches_tracked|position_ids)",),
+    ignored=(r"(.*[.])?(num_batches_tracked|position_ids|relative_position_index)",),
+    layout=_checked,
     table="text_model/model/embeddings/word_embeddings/embedding",
     complete=_complete,
 )
