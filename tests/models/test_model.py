@@ -11,9 +11,10 @@ import pytest
 from jtl import masks
 from jtl.models import backbone as stages
 from jtl.models.families import family
-from jtl.models.heads import Linear, MaskedLM
+from jtl.models.heads import DenseMap, Linear, MaskedLM
 from jtl.models.load import new_backbone
-from jtl.models.model import attach
+from jtl.models.model import add_head, attach, attach_weights, outline
+from jtl.train.held import held_stats
 
 CONFIGS = {
     "bert": dict(
@@ -329,7 +330,9 @@ def test_a_model_needs_a_head():
 def test_heads_errors():
     with pytest.raises(ValueError, match="pooling 'max' is not known"):
         _model(heads={"head": Linear(5, pooling="max")})
-    with pytest.raises(ValueError, match=r"'ones' is not known; there are \['normal', 'scaled', 'zeros'\]"):
+    with pytest.raises(
+        ValueError, match=r"'ones' is not known; there are \['normal', 'scaled', 'zeros'\]"
+    ):
         _model(heads={"head": Linear(5, start="ones")})
 
 
@@ -337,3 +340,43 @@ def test_on_axis_reaches_batch_norm_alone():
     assert _model("resnet").on_axis("devices").backbone.module.axis_name == "devices"
     bert = _model()
     assert bert.on_axis("devices") is bert
+
+
+def _normed():
+    heads = {"a": DenseMap(2, scale=1, rows=1, batch_norm=True), "head": Linear(5)}
+    return _model("resnet", heads=heads)
+
+
+def test_heads_with_statistics_have_a_branch_of_their_own():
+    model = _normed()
+    assert sorted(model.stats) == ["backbone", "heads"] and list(model.stats["heads"]) == ["a"]
+    normed = DenseMap(3, scale=1, rows=1, batch_norm=True)
+    more = add_head(model, "b", normed, key=jax.random.key(3))
+    assert list(more.stats["heads"]) == ["a", "b"] and list(model.stats["heads"]) == ["a"]
+    assert list(add_head(model, "c", Linear(2), key=jax.random.key(3)).stats["heads"]) == ["a"]
+    assert model.on_axis("devices").heads["a"].axis_name == "devices"
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_statistics_of_a_head_move_with_its_label_and_no_other(remat):
+    model = _normed().computing(remat=remat)
+    batch, key = _batch(model), jax.random.key(7)
+    for label in ("a", "head", "block_1"):
+        live = frozenset({label})
+        _, stats = model.apply(model.params, model.stats, batch, key=key, live=live)
+        moved = set(masks.names(model.stats)) - _equal(model.stats, stats)
+        held = held_stats(model.stats, model.labels, live)
+        pairs = zip(masks.names(held), jax.tree.leaves(held), strict=True)
+        assert moved == {name for name, stays in pairs if not stays}, label
+        assert any(name.startswith("heads/a/") for name in moved) == (label == "a")
+
+
+def test_weights_put_on_a_backbone_are_those_of_attach():
+    model = _normed()
+    params, stats = outline(model.backbone, model.heads)
+    own = model.params["heads"], model.stats["heads"]
+    for shapes, made in zip((params, stats), own, strict=True):
+        assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, made)
+    same = attach_weights(model.backbone, model.heads, *own)
+    jax.tree.map(np.testing.assert_array_equal, same.params, model.params)
+    jax.tree.map(np.testing.assert_array_equal, same.stats, model.stats)
