@@ -21,36 +21,55 @@ Resize = Callable[[Mapping[str, Any], Mapping[str, Any], tuple[int, int]], Chang
 Channels = Callable[[Mapping[str, Any], Mapping[str, Any], int, NewChannels], Changed]
 
 
-def positions_of(path: str, *, antialias: bool = False) -> Resize:
+def positions_of(path: str, *, part: str = "", antialias: bool = False) -> Resize:
     """Return a family's `resize`: the position table at `path` is interpolated.
 
     Args:
-        path: of the table (1, tokens before the patches + patches, dim).
+        path: of the table (1, tokens before the patches + patches, dim), or one without its first
+            axis.
+        part: the field of the config that has the sizes ("vision_config"), "" where it is itself.
         antialias: see `layers.interpolate_positions`.
     """
 
     def resize(
         params: Mapping[str, Any], config: Mapping[str, Any], size: tuple[int, int]
     ) -> Changed:
-        patch = pair(config["patch_size"], "patch_size")
-        old: Any = grid(pair(config["image_size"], "image_size"), patch)
+        own = config[part] if part else config
+        patch = pair(own["patch_size"], "patch_size")
+        old: Any = grid(pair(own["image_size"], "image_size"), patch)
         new: Any = grid(size, patch)
         flat: Any = flatten_dict(params, sep="/")
-        flat[path] = interpolate_positions(flat[path], old, new, antialias=antialias)
-        return unflatten_dict(flat, sep="/"), {**config, "image_size": _stated(size)}
+        table = flat[path]
+        made = interpolate_positions(
+            table.reshape(1, *table.shape[-2:]), old, new, antialias=antialias
+        )
+        flat[path] = made.reshape(*table.shape[:-2], *made.shape[1:])
+        return unflatten_dict(flat, sep="/"), _with(config, part, image_size=_stated(size))
 
     return resize
 
 
-def channels_of(*paths: str) -> Channels:
-    """Return a family's `channels`: the kernels at `paths` read another number of channels."""
+def any_size(
+    params: Mapping[str, Any], config: Mapping[str, Any], size: tuple[int, int]
+) -> Changed:
+    """Change the stated size alone: the `resize` of a family whose weights take images of any."""
+    return dict(params), {**config, "image_size": _stated(size)}
+
+
+def channels_of(*paths: str, part: str = "") -> Channels:
+    """Return a family's `channels`: the kernels at `paths` read another number of channels.
+
+    Args:
+        paths: of the kernels.
+        part: as for `positions_of`.
+    """
 
     def change(
         params: Mapping[str, Any], config: Mapping[str, Any], channels: int, new: NewChannels
     ) -> Changed:
         flat: Any = flatten_dict(params, sep="/")
         flat |= {path: adapt_channels(flat[path], channels, new) for path in paths}
-        return unflatten_dict(flat, sep="/"), {**config, "num_channels": channels}
+        return unflatten_dict(flat, sep="/"), _with(config, part, num_channels=channels)
 
     return change
 
@@ -97,9 +116,14 @@ def adapted(
 def _has(row: Any, field: str, option: str) -> None:
     if getattr(row, field) is None:
         raise ValueError(
-            f"{option}= is given and {row.model_type} has nothing to adapt: it takes images of any "
-            f"size, or its weights are bound to one; leave {option}= out, or resize the images"
+            f"{option}= is given and {row.model_type} has nothing to adapt: its weights are bound "
+            f"to what they were trained on; leave {option}= out, or make the images fit"
         )
+
+
+def _with(config: Mapping[str, Any], part: str, **fields: Any) -> dict[str, Any]:
+    """Return a config with fields changed, in one of its parts where that is named."""
+    return {**config, part: {**config[part], **fields}} if part else {**config, **fields}
 
 
 def _stated(size: tuple[int, int]) -> int | list[int]:

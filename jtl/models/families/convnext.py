@@ -26,6 +26,7 @@ from jtl.models.layers.maps import flat
 from jtl.models.layers.nest import Nest
 from jtl.models.layers.stated import one_for_each_stage, places, stated
 from jtl.models.layers.stochastic_depth import StochasticDepth, growing_rates
+from jtl.models.resize import any_size, channels_of
 from jtl.weights.checkpoint import Checkpoint
 from jtl.weights.layouts import mapped, renamed
 
@@ -315,6 +316,8 @@ _COMMON: dict[str, Any] = dict(
     poolings=POOLINGS,
     dim=lambda config: config["hidden_sizes"][-1],
     example=_example,
+    resize=any_size,
+    channels=channels_of("embeddings/patch_embeddings/kernel"),
     rules=((r"(.*(?:patch_embeddings|dwconv|downsampling_layer/1))/kernel", r"\1.weight", "conv"),),
     ignored=(r"classifier[.].*",),
     layout=_layout,

@@ -36,6 +36,7 @@ from jtl.models.layers.maps import flat, real_rows
 from jtl.models.layers.nest import Nest
 from jtl.models.layers.squeeze_excite import SqueezeExcite
 from jtl.models.layers.stochastic_depth import StochasticDepth
+from jtl.models.resize import any_size, channels_of
 from jtl.weights.checkpoint import Checkpoint
 from jtl.weights.layouts import renamed
 
@@ -248,6 +249,8 @@ _COMMON: dict[str, Any] = dict(
     poolings=POOLINGS,
     dim=lambda config: config["hidden_dim"],
     example=_example,
+    resize=any_size,
+    channels=channels_of("embeddings/convolution/kernel"),
     rules=((r"(.*)/kernel", r"\1.weight", "conv"),),
     ignored=(r"(.*[.])?num_batches_tracked", r"classifier[.].*"),
     layout=_layout,

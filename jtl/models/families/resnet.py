@@ -25,6 +25,7 @@ from jtl.models.layers import BatchNorm, activation, pixels
 from jtl.models.layers.maps import flat, real_rows
 from jtl.models.layers.nest import Nest
 from jtl.models.layers.stated import one_for_each_stage, places, stated
+from jtl.models.resize import any_size, channels_of
 from jtl.weights.checkpoint import Checkpoint
 from jtl.weights.layouts import nested, renamed
 
@@ -277,6 +278,8 @@ RESNET = Family(
     poolings=POOLINGS,
     dim=lambda config: config["hidden_sizes"][-1],
     example=_example,
+    resize=any_size,
+    channels=channels_of("embedder/embedder/convolution/kernel"),
     rules=((r"(.*convolution)/kernel", r"\1.weight", "conv"),),
     aliases=((r"^resnet[.]", ""), (r"[.]layer_(\d)[.]", r".\1.")),  # the second of the Flax class
     ignored=(r"(.*[.])?num_batches_tracked", r"classifier[.].*"),

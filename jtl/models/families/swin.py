@@ -27,6 +27,7 @@ from jtl.models.layers.stated import one_for_each_stage, places, stated
 from jtl.models.layers.stochastic_depth import StochasticDepth, growing_rates
 from jtl.models.layers.window_attention import WindowAttention
 from jtl.models.layers.windows import padded
+from jtl.models.resize import any_size, channels_of
 from jtl.weights.checkpoint import Checkpoint
 from jtl.weights.layouts import renamed, split
 
@@ -362,6 +363,8 @@ SWIN = Family(
     poolings=POOLINGS,
     dim=lambda config: config["embed_dim"] * 2 ** (len(config["depths"]) - 1),
     example=_example,
+    resize=any_size,
+    channels=channels_of("embeddings/patch_embeddings/projection/kernel"),
     rules=((r"(.*/projection)/kernel", r"\1.weight", "conv"),),
     aliases=(
         (r"^swin[.]", ""),
