@@ -9,7 +9,7 @@ from torch_oracle import close, names_agree, peer, same_gradients, to_torch
 from jtl.models import export, families, load
 from jtl.models.heads import CTC, Linear, pool
 from jtl.models.layers.layer_drop import LayerDrop
-from jtl.models.layers.positional_conv import PositionalConv
+from jtl.models.layers.positional_conv import PositionalConv, grouped_conv
 from jtl.models.load_head import load_head
 from jtl.models.model import attach
 
@@ -91,7 +91,24 @@ def test_positional_convolution_by_hand():
     params = {"weight_v": jnp.array([[[2.0, 5.0]]]), "weight_g": jnp.array([[[1.0, 10.0]]])}
     made = PositionalConv(2, 1).apply({"params": {**params, "bias": jnp.array([0.5])}}, x)
     # An even kernel looks one place back: out[t] = 1 x[t - 1] + 10 x[t] + 0.5.
-    assert made.ravel().tolist() == [10.5, 21.5, 32.5]
+    np.testing.assert_allclose(made.ravel(), [10.5, 21.5, 32.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("width", "positions"), [(5, 9), (8, 3), (4, 70)])
+def test_the_two_ways_to_convolve_agree(width, positions):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, positions, 6))
+    kernel = jax.random.normal(keys[1], (6, 3, width))
+
+    def both(fourier):
+        def loss(x, kernel):
+            made = grouped_conv(x, kernel, fourier=fourier)
+            return jnp.sum(made**2), made
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
+
+    gap = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), both(True), both(False))
+    assert max(jax.tree.leaves(gap)) < 1e-3, gap
 
 
 def test_refused(stable):

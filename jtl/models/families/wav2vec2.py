@@ -27,11 +27,10 @@ from jtl.models.heads import pool
 from jtl.models.heads.pretrained import ctc, projected
 from jtl.models.layers import Dropout, activation, layer_norm
 from jtl.models.layers.frames import frame_mask, samples_of
-from jtl.models.layers.layer_drop import LayerDrop
 from jtl.models.layers.nest import Nest
 from jtl.models.layers.positional_conv import PositionalConv
-from jtl.models.layers.tower import TowerAttention
 from jtl.models.layers.vit_encoder import check_heads, dense
+from jtl.models.layers.wav2vec2_layers import Wav2Vec2Layer
 
 POOLINGS = ("mean",)
 
@@ -191,48 +190,6 @@ class _FeatureProjection(nn.Module):
         return Dropout(config.feat_proj_dropout, deterministic=not live)(hidden)
 
 
-class _FeedForward(nn.Module):
-    config: Wav2Vec2Config
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array, live: bool) -> jax.Array:
-        config, scale = self.config, self.config.initializer_range
-        inner = dense(config.intermediate_size, scale, self.dtype, "intermediate_dense")(hidden)
-        inner = activation(config.hidden_act)(inner)
-        inner = Dropout(config.activation_dropout, deterministic=not live)(inner)
-        outer = dense(config.hidden_size, scale, self.dtype, "output_dense")(inner)
-        return Dropout(config.hidden_dropout, deterministic=not live)(outer)
-
-
-class _Layer(nn.Module):
-    """Attention and two dense layers, each LayerNorm before them (stable) or after the sum."""
-
-    config: Wav2Vec2Config
-    dtype: Any
-
-    def setup(self) -> None:
-        config = self.config
-        self.attention = TowerAttention(config, False, self.dtype)
-        self.layer_norm = layer_norm(config.layer_norm_eps, self.dtype)
-        self.feed_forward = _FeedForward(config, self.dtype)
-        self.final_layer_norm = layer_norm(config.layer_norm_eps, self.dtype)
-        self.dropout = Dropout(config.hidden_dropout)
-        self.drop = LayerDrop(config.layerdrop)
-
-    def __call__(self, hidden: jax.Array, mask: jax.Array | None, live: bool) -> jax.Array:
-        stable, before = self.config.do_stable_layer_norm, hidden
-        inner = self.layer_norm(hidden) if stable else hidden
-        inner = self.attention(inner, mask, live)
-        hidden = hidden + (self.dropout(inner) if live else inner)
-        if stable:
-            hidden = hidden + self.feed_forward(self.final_layer_norm(hidden), live)
-        else:
-            hidden = self.layer_norm(hidden)
-            hidden = self.final_layer_norm(hidden + self.feed_forward(hidden, live))
-        return self.drop(before, hidden, live)
-
-
 class _PositionalEmbedding(nn.Module):
     config: Wav2Vec2Config
     dtype: Any
@@ -255,7 +212,7 @@ class _Encoder(nn.Module):
         self.layer_norm = layer_norm(config.layer_norm_eps, self.dtype)
         self.layers = Nest(
             tuple(
-                (str(i), functools.partial(_Layer, config, self.dtype))
+                (str(i), functools.partial(Wav2Vec2Layer, config, self.dtype))
                 for i in range(config.num_hidden_layers)
             )
         )
@@ -362,7 +319,7 @@ def _recordings(batch: Batch, config: Wav2Vec2Config) -> jax.Array:
     Raises:
         ValueError: there are none, of another rank, or too short for one frame.
     """
-    there = batch["input_values"].shape if "input_values" in batch else sorted(batch)
+    there: Any = batch["input_values"].shape if "input_values" in batch else sorted(batch)
     least = samples_of(1, config.conv_kernel, config.conv_stride)
     if "input_values" not in batch or len(there) != 2 or there[1] < least:
         raise ValueError(

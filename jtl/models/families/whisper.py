@@ -239,7 +239,7 @@ def _features(batch: Batch, config: WhisperConfig) -> jax.Array:
     Raises:
         ValueError: there are none, or of another size than the checkpoint was trained on.
     """
-    there = batch["input_features"].shape if "input_features" in batch else sorted(batch)
+    there: Any = batch["input_features"].shape if "input_features" in batch else sorted(batch)
     wanted = (config.mels, 2 * config.encoder.positions)
     if "input_features" not in batch or tuple(there[1:]) != wanted:
         raise ValueError(
@@ -256,7 +256,7 @@ def _ids(batch: Batch, positions: int) -> jax.Array:
     Raises:
         ValueError: there are none, or more tokens than positions.
     """
-    there = batch["decoder_input_ids"].shape if "decoder_input_ids" in batch else sorted(batch)
+    there: Any = batch["decoder_input_ids"].shape if "decoder_input_ids" in batch else sorted(batch)
     if "decoder_input_ids" not in batch or len(there) != 2 or there[1] > positions:
         raise ValueError(
             f"Whisper's decoder reads 'decoder_input_ids' of (n, tokens), {positions} tokens at "
