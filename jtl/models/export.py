@@ -148,7 +148,7 @@ def _from_transformers(folder: Path, config: Mapping[str, Any]) -> Model:
             f"{str(folder)!r} has no {EXTRA_CONFIG} and states the class {stated[0]!r}; heads are "
             f"read from {sorted(map(str, classes))}; load_backbone reads its backbone alone"
         )
-    return with_heads(folder, backbone, {"head": classes[stated[0]]})
+    return with_heads(folder, backbone, {"head": classes[str(stated[0])]})
 
 
 def _head_rows(folder: Path) -> dict[str, Any]:

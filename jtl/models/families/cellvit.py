@@ -215,6 +215,8 @@ class _Embeddings(nn.Module):
         config, inner = self.config, self.config.encoder
         width, scale = inner.hidden_size, inner.initializer_range
         init = nn.initializers.truncated_normal(scale)
+        old: Any
+        new: Any
         old, new = (grid(s, config.patch_size) for s in (config.image_size, images.shape[1:3]))
         first = self.param("cls_token", init, (1, 1, width))
         places = self.param("position_embeddings", init, (1, old[0] * old[1] + 1, width))

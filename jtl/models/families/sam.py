@@ -154,11 +154,11 @@ class _Attention(nn.Module):
         query, key, value = (fused[:, :, i] for i in range(3))
         bias = None
         if config.use_rel_pos:
-            tables = [
+            rows, columns = (
                 self.param(name, nn.initializers.zeros, (2 * side - 1, dim // heads))
                 for name, side in zip(("rel_pos_h", "rel_pos_w"), self.grid, strict=True)
-            ]
-            bias = decomposed_bias(query, *tables, height, width)
+            )
+            bias = decomposed_bias(query, rows, columns, height, width)
         rate = config.attention_dropout
         drop = Dropout(rate, deterministic=False) if live and rate else None
         inner = attention(query, key, value, bias=bias, dropout=drop)
@@ -333,7 +333,7 @@ def _resize(
     """Interpolate the positions, and the relative ones of the layers without windows."""
     changed = {**config, "image_size": list(size)}
     old, new = sam_config(config).grid, sam_config(changed).grid
-    flat_params = flatten_dict(params, sep="/")
+    flat_params: Any = flatten_dict(params, sep="/")
     if "pos_embed" in flat_params:
         table = flat_params["pos_embed"]
         rows = interpolate_positions(table.reshape(1, -1, table.shape[-1]), old, new)

@@ -89,8 +89,8 @@ class CellDecoder(nn.Module):
         image, z1, z2, z3, z4 = _read(out, batch)
         mask, base = real_rows(batch), self.base
         first, second, last = self.widths or ((256, 128, 312), (512, 256, 512))[z1.shape[-1] >= 512]
-        options = dict(dropout=self.dropout, axis_name=self.axis_name)
-        shared = dict(options, momentum=_SHARED_MOMENTUM)
+        options: Any = dict(dropout=self.dropout, axis_name=self.axis_name)
+        shared: Any = dict(options, momentum=_SHARED_MOMENTUM)
         ups = ((base // 2, base), (first, second, 2 * base), (first, 4 * base), (last,))
         skips = [
             Chain(widths, up=i > 0, **shared, name=f"decoder{i}")(value, mask, live)
@@ -126,7 +126,8 @@ class _Branch(nn.Module):
         )
         for (name, widths, width), skip in zip(steps, reversed(skips), strict=True):
             end = ("point" if name == "decoder0_header" else "up", width)
-            chain = Chain(widths, end=end, name=name, **dict(self.options))
+            options: Any = dict(self.options)
+            chain = Chain(widths, end=end, name=name, **options)
             maps = chain(jnp.concatenate([skip, maps], axis=-1), mask, live)
         return maps
 
