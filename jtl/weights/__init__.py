@@ -3,7 +3,7 @@
 from jtl.weights.checkpoint import Checkpoint, Tensor
 from jtl.weights.files import read
 from jtl.weights.hub import locate
-from jtl.weights.layouts import joined, mapped, nested, renamed, split
+from jtl.weights.layouts import joined, mapped, nested, renamed, split, united
 from jtl.weights.load import fill
 from jtl.weights.rename import DEFAULT_RULES, to_ours, to_torch, torch_name
 from jtl.weights.report import LoadReport, check, counts, text
@@ -30,5 +30,6 @@ __all__ = [
     "to_ours",
     "to_torch",
     "torch_name",
+    "united",
     "write",
 ]

@@ -73,6 +73,44 @@ def nested(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     return _made(checkpoint, pairs, others)
 
 
+def united(*checkpoints: Checkpoint) -> Checkpoint:
+    """Return checkpoints as one, with the config and the folder of the first.
+
+    It is for a model whose parts were published apart, such as a trained head and what it stands
+    on; `renamed` and `nested` give each part the names of the whole beforehand.
+
+    Raises:
+        ValueError: there is none, they are of different layouts, or two of them have one name.
+
+    >>> from jtl.weights.tree import from_tree
+    >>> body, head = from_tree({"body": np.ones(2)}), from_tree({"head": np.zeros(1)})
+    >>> whole = united(body, head)
+    >>> list(whole.names), whole.get("head").tolist()
+    (['body', 'head'], [0.0])
+    """
+    layouts = sorted({checkpoint.layout for checkpoint in checkpoints})
+    if len(layouts) != 1:
+        raise ValueError(
+            f"{len(checkpoints)} checkpoints of the layouts {layouts} are to be one; the names and "
+            "kernels of a checkpoint are of one layout; give one or more files of the same"
+        )
+    owners: dict[str, Checkpoint] = {}
+    for checkpoint in checkpoints:
+        twice = sorted(set(checkpoint.names) & set(owners))
+        if twice:
+            folders = [str(owner.folder) for owner in (owners[twice[0]], checkpoint)]
+            raise ValueError(
+                f"{len(twice)} names stand in both {folders}: {twice[:6]}; say by renamed which "
+                "of them is left out"
+            )
+        owners.update(dict.fromkeys(checkpoint.names, checkpoint))
+    return checkpoints[0]._replace(
+        names={name: owner.names[name] for name, owner in owners.items()},
+        get=lambda name: owners[name].get(name),
+        ignored=tuple(name for checkpoint in checkpoints for name in checkpoint.ignored),
+    )
+
+
 def split(
     checkpoint: Checkpoint,
     pattern: str,

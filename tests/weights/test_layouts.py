@@ -15,6 +15,7 @@ from jtl.weights import (
     read,
     renamed,
     split,
+    united,
 )
 
 PARTS = (r"\1.q.\2", r"\1.k.\2", r"\1.v.\2")
@@ -151,6 +152,21 @@ def test_a_tree_in_memory_frozen_or_plain():
         assert fill(template, checkpoint)[1].loaded == ("a/kernel", "n/mean")
     with pytest.raises(ValueError, match="'a/b' is to be an array and is a str; give"):
         from_tree({"a": {"b": "c"}})
+
+
+def test_checkpoints_become_one(tmp_path):
+    body, reads = _checkpoint({"body": np.ones(2), "both": np.ones(1)}, tmp_path / "a")
+    head, _ = _checkpoint({"head": np.zeros(1), "both": np.zeros(1)}, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"1 names stand in both .*: \['both'\]; say by renamed"):
+        united(body, head)
+    whole = united(body, renamed(head, [("both", None)]))
+    assert list(whole.names) == ["body", "both", "head"] and whole.ignored[-1] == "both"
+    assert reads == [] and whole.folder == body.folder
+    assert whole.get("both").tolist() == [1.0] and whole.get("head").tolist() == [0.0]
+    with pytest.raises(ValueError, match=r"2 checkpoints of the layouts \['flax', 'torch'\]"):
+        united(body._replace(layout="torch"), head._replace(layout="flax"))
+    with pytest.raises(ValueError, match="0 checkpoints"):
+        united()
 
 
 def test_timms_vit_loads_by_one_table(tmp_path):
