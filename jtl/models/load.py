@@ -27,7 +27,7 @@ Place = Callable[[str, Any], jax.Array]
 
 
 def load_backbone(
-    name: str | Path,
+    name: str | Path | Checkpoint,
     *,
     family: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -45,7 +45,8 @@ def load_backbone(
     """Load a pretrained backbone with the inputs that it was trained on.
 
     Args:
-        name: a folder, a file of weights, `package:IMPORTNAME/path`, or a hub id.
+        name: a folder, a file of weights, `package:IMPORTNAME/path`, a hub id, or a checkpoint that
+            has been opened (`weights.united` of several).
         family: a `model_type`; None takes what the config states. It chooses a part of a larger
             checkpoint ("clip_vision_model"), or says what a file without a config is.
         config: the config in place of `config.json`, for a checkpoint that has none.
@@ -69,13 +70,14 @@ def load_backbone(
             or does not fit; `weights.check` says how the last can be excused.
     """
     checkpoint, row, config = opened(name, family=family, config=config)
+    name = str(checkpoint.folder) if isinstance(name, Checkpoint) else str(name)
     pooling = _pooling(row, pooling or _stated_pooling(checkpoint.folder, row))
     trees, module, report = _filled(
         checkpoint,
         *(row, config, pooling, dtype, param_dtype, place),
         fresh=allow_fresh,
         unexpected=allow_unexpected,
-        source=str(name),
+        source=name,
     )
     trees = _complete(trees, module, row.example(config), key)
     stated = {} if row.longest is None else {"max_position_embeddings": row.longest(config)}
@@ -85,7 +87,7 @@ def load_backbone(
         trees["params"], config = resize.adapted(row, trees["params"], config, **sizes, place=place)
         module = row.make(config, pooling, jnp.dtype(dtype))
         inputs = adapted_inputs(inputs, image_size, channels)
-    return _backbone(row, config, pooling, module, trees, inputs, str(name), report)
+    return _backbone(row, config, pooling, module, trees, inputs, name, report)
 
 
 def from_flax(
@@ -150,7 +152,7 @@ def new_backbone(
 
 
 def opened(
-    name: str | Path,
+    name: str | Path | Checkpoint,
     *,
     family: str | None = None,
     config: Mapping[str, Any] | None = None,
@@ -167,9 +169,13 @@ def opened(
     Raises:
         ValueError: there is no such checkpoint, or no family reads it.
     """
-    place = locate(str(name))
-    checkpoint = read(place, config=config)
-    own = checkpoint.config or foreign.inside(place)
+    if isinstance(name, Checkpoint):
+        checkpoint = name if config is None else name._replace(config=dict(config))
+        own = checkpoint.config
+    else:
+        place = locate(str(name))
+        checkpoint = read(place, config=config)
+        own = checkpoint.config or foreign.inside(place)
     stated = foreign.recognised(own) or checkpoint.config or otherwise or {}
     source = f"{str(checkpoint.folder)!r}"
     row = families.family(family or foreign.family_of(stated), source)

@@ -21,7 +21,9 @@ class ReadHead(NamedTuple):
     stats: dict[str, Any]
 
 
-def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dict[str, Any]]:
+def load_head(
+    name: str | Path | Checkpoint, backbone: Backbone, kind: str
+) -> tuple[Any, dict[str, Any]]:
     """Return a pretrained head as `(module, params)`, to be attached to its backbone.
 
     Args:
@@ -43,7 +45,9 @@ def load_head(name: str | Path, backbone: Backbone, kind: str) -> tuple[Any, dic
     return found.module, found.params
 
 
-def with_heads(name: str | Path, backbone: Backbone, kinds: Mapping[str, str]) -> Model:
+def with_heads(
+    name: str | Path | Checkpoint, backbone: Backbone, kinds: Mapping[str, str]
+) -> Model:
     """Return a backbone with pretrained heads of its checkpoint, ready to run.
 
     Args:
@@ -61,7 +65,7 @@ def with_heads(name: str | Path, backbone: Backbone, kinds: Mapping[str, str]) -
     return attach_weights(backbone, modules, params, stats)
 
 
-def read_head(name: str | Path, backbone: Backbone, kind: str) -> ReadHead:
+def read_head(name: str | Path | Checkpoint, backbone: Backbone, kind: str) -> ReadHead:
     """Return a pretrained head with its running statistics.
 
     Args:
@@ -91,7 +95,8 @@ def read_head(name: str | Path, backbone: Backbone, kind: str) -> ReadHead:
     if not template["params"]:  # nothing of its own: a tied one without bias
         return ReadHead(module, {}, {})
     trees, report = fill(template, checkpoint, rules=head.rules, aliases=row.aliases)
-    source = f"the {kind} head of the checkpoint {str(name)!r}"
+    shown = checkpoint.folder if isinstance(name, Checkpoint) else name
+    source = f"the {kind} head of the checkpoint {str(shown)!r}"
     check(report, allow_fresh=head.optional, allow_unexpected=(".*",), source=source)
     if report.fresh:
         fresh = attach(backbone, {"head": module}, key=jax.random.key(0)).params["heads"]["head"]
