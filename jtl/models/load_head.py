@@ -9,6 +9,7 @@ import jax
 from jtl.models.backbone import Backbone
 from jtl.models.load import opened
 from jtl.models.model import Model, attach, attach_weights, outline
+from jtl.weights.checkpoint import Checkpoint
 from jtl.weights.load import fill
 from jtl.weights.report import check
 
