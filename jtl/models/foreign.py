@@ -34,7 +34,7 @@ def _prithvi(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _cellvit(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    from jtl.models.families.cellvit import read_config
+    from jtl.models.families.cellvit_files import read_config
 
     return read_config(config)
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from jtl.models import load
 from jtl.models.backbone import column
-from jtl.models.families import cellvit
+from jtl.models.families import cellvit, cellvit_files
 from jtl.models.families.cellvit import CELLVIT, CELLVIT_SAM, DECODER_RULES
 from jtl.models.heads import CellDecoder, Linear, cell_maps
 from jtl.models.load_head import load_head, with_heads
@@ -82,7 +82,7 @@ def _forward(model_type):
 def _published(arch, size):
     """The names and shapes of a file's tensors, as our trees would be written to it."""
     stated = {"arch": arch, "config": {"model.backbone": size, "data.num_nuclei_classes": 6}}
-    config = cellvit.read_config(stated)
+    config = cellvit_files.read_config(stated)
     row = {"cellvit": CELLVIT, "cellvit_sam": CELLVIT_SAM}[config["model_type"]]
     whole = load.full_config(row, config)
     module = row.make(whole, row.poolings[0], jnp.float32)
@@ -138,18 +138,18 @@ def test_the_trees_of_the_published_files(said):
 def test_what_a_file_says_makes_the_config():
     nested = {"model": {"backbone": "SAM-L", "regression_loss": True}}
     nested["transformations"] = {"normalize": {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}}
-    made = cellvit.read_config({"arch": "CellViTSAM", "config": nested})
+    made = cellvit_files.read_config({"arch": "CellViTSAM", "config": nested})
     assert made["extract_layers"] == [6, 12, 18, 24] and made["regression_loss"]
     assert made["pretrained_cfg"]["mean"] == [0.1, 0.2, 0.3]
-    assert cellvit.read_config({"arch": "CellViT256", "config": {}})["extract_layers"] == [
+    assert cellvit_files.read_config({"arch": "CellViT256", "config": {}})["extract_layers"] == [
         3,
         6,
         9,
         12,
     ]
-    assert cellvit.read_config({"arch": "resnet50", "config": {}}) is None
+    assert cellvit_files.read_config({"arch": "resnet50", "config": {}}) is None
     with pytest.raises(ValueError, match="holds a 'CellViTSAMShared'.*take a checkpoint"):
-        cellvit.read_config({"arch": "CellViTSAMShared", "config": nested})
+        cellvit_files.read_config({"arch": "CellViTSAMShared", "config": nested})
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

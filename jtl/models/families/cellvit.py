@@ -6,7 +6,7 @@ those layers behind it along its positions (along the rows of SAM's maps), and t
 as `out["skips"]` (n, 4, positions, dim), without the CLS token. The decoder reads the image too,
 which stays in the batch (`beside`).
 
-CellViT's own files are read as they are: what they say of themselves makes the config.
+CellViT's own files are read as they are, see `cellvit_files.py`.
 
 Reference: Hörst et al. 2023, arXiv:2306.15350; ViT-256: Chen et al. 2022, arXiv:2206.02647.
 """
@@ -18,7 +18,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
 from jtl.models.backbone import (
     Backbone,
@@ -29,7 +28,7 @@ from jtl.models.backbone import (
     Rules,
     run_stages,
 )
-from jtl.models.families import sam, vit_layouts
+from jtl.models.families import cellvit_files, sam
 from jtl.models.heads import CellDecoder, Linear, pool
 from jtl.models.layers import Dropout, layer_norm, pixels
 from jtl.models.layers.interpolate import interpolate_positions
@@ -37,53 +36,8 @@ from jtl.models.layers.maps import flat
 from jtl.models.layers.patches import Patches, grid, pair
 from jtl.models.layers.vit_encoder import Encoder, EncoderConfig, check_heads
 from jtl.models.resize import channels_of
-from jtl.weights.checkpoint import Checkpoint
-from jtl.weights.layouts import renamed
 
 POOLINGS = ("cls", "mean")
-_DECODER = dict(
-    num_nuclei_classes=6,
-    num_tissue_classes=19,
-    regression_loss=False,
-    decoder_base=64,
-    decoder_widths=None,
-)
-_VIT_256 = dict(
-    hidden_size=384,
-    num_hidden_layers=12,
-    num_attention_heads=6,
-    mlp_ratio=4.0,
-    image_size=224,
-    patch_size=16,
-    num_channels=3,
-    qkv_bias=True,
-    hidden_act="gelu",
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-    drop_path_rate=0.0,
-    layer_norm_eps=1e-6,
-    initializer_range=0.02,
-    extract_layers=[3, 6, 9, 12],
-    **_DECODER,
-)
-_SAM_FIELDS = dict(
-    mlp_ratio=4.0,
-    mlp_dim=None,
-    image_size=1024,
-    patch_size=16,
-    output_channels=256,
-    window_size=14,
-    num_channels=3,
-    qkv_bias=True,
-    use_abs_pos=True,
-    use_rel_pos=True,
-    hidden_act="gelu",
-    layer_norm_eps=1e-6,
-    attention_dropout=0.0,
-    initializer_range=0.02,
-    extract_layers=None,
-    **_DECODER,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,85 +272,6 @@ def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {"pixel_values": jnp.zeros((1, 2 * height, 2 * width, config["num_channels"]))}
 
 
-def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_VIT_256, **config}
-
-
-def _complete_sam(config: Mapping[str, Any]) -> dict[str, Any]:
-    whole = {**sam.SIZES["vit_b"], **_SAM_FIELDS, **config}
-    if whole["mlp_dim"] is None:
-        whole["mlp_dim"] = int(whole["hidden_size"] * whole["mlp_ratio"])
-    if whole["extract_layers"] is None:  # where the layers without windows are, in SAM
-        quarter = whole["num_hidden_layers"] // 4
-        whole["extract_layers"] = [quarter * i for i in (1, 2, 3, 4)]
-    return whole
-
-
-def read_config(stated: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the config of a file of CellViT's, None where it is another one.
-
-    Args:
-        stated: what the file holds beside the weights: "arch" and "config", whose names are joined
-            by dots.
-
-    Raises:
-        ValueError: it is a CellViT that is not built here.
-
-    >>> made = read_config({"arch": "CellViTSAM", "config": {"model.backbone": "SAM-H"}})
-    >>> made["model_type"], made["hidden_size"], made["num_nuclei_classes"]
-    ('cellvit_sam', 1280, 6)
-    """
-    arch, own = str(stated.get("arch")), stated.get("config")
-    if not arch.startswith("CellViT") or not isinstance(own, Mapping):
-        return None
-    given = {str(name): value for name, value in flatten_dict(dict(own), sep=".").items()}
-    found = {
-        name: given[f"data.{name}"]
-        for name in ("num_nuclei_classes", "num_tissue_classes")
-        if f"data.{name}" in given
-    }
-    found["regression_loss"] = bool(given.get("model.regression_loss", False))
-    found["pretrained_cfg"] = _preprocessing(given)
-    if arch == "CellViT256":
-        return {"model_type": "cellvit", **_VIT_256, **found}
-    if arch == "CellViT":
-        names = dict(embed_dim="hidden_size", depth="num_hidden_layers")
-        names |= dict(num_heads="num_attention_heads", extract_layers="extract_layers")
-        sizes = {ours: given[f"model.{theirs}"] for theirs, ours in names.items()}
-        return {"model_type": "cellvit", **_VIT_256, **sizes, **found}
-    size = str(given.get("model.backbone", "")).lower().replace("sam-", "vit_")
-    if arch != "CellViTSAM" or size not in sam.SIZES:
-        raise ValueError(
-            f"the file holds a {arch!r} on {given.get('model.backbone')!r}; built here are "
-            "CellViT, CellViT256 and CellViTSAM on SAM-B, SAM-L and SAM-H, whose branches have "
-            "decoders of their own; take a checkpoint of one of these"
-        )
-    return {"model_type": "cellvit_sam", **_complete_sam({**sam.SIZES[size], **found})}
-
-
-def _preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return mean and deviation in timm's terms; tiles come in the size in which they are read."""
-    mean, std = (
-        list(given.get(f"transformations.normalize.{name}", (0.5, 0.5, 0.5)))
-        for name in ("mean", "std")
-    )
-    return {"input_size": [3, 256, 256], "mean": mean, "std": std, "crop_pct": 1.0}
-
-
-def _layout(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    """Bring DINO's names below `encoder` (CellViT) or `backbone` (HIPT) to those of ViT here."""
-    first = next((n for n in checkpoint.names if n.endswith("patch_embed.proj.weight")), None)
-    if first is None:
-        return checkpoint
-    prefix = first.removesuffix("patch_embed.proj.weight").replace(".", r"\.")
-    return vit_layouts.published(renamed(checkpoint, [(f"{prefix}(.*)", r"\1")]), config)
-
-
-def _layout_sam(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    made = sam.published(checkpoint, config)
-    return renamed(made, [(r"classifier_head\.(.*)", r"classifier.\1")])
-
-
 def _decoder(config: Mapping[str, Any], backbone: Backbone) -> CellDecoder:
     widths = config["decoder_widths"]
     return CellDecoder(
@@ -463,8 +338,8 @@ CELLVIT = Family(
     ignored=(_HEADS_NAMES,),
     prefix="",
     heads=_heads("cls"),
-    layout=_layout,
-    complete=_complete,
+    layout=cellvit_files.layout,
+    complete=cellvit_files.complete,
     channels=channels_of("embeddings/patch_embeddings/projection/kernel"),
 )
 
@@ -480,7 +355,7 @@ CELLVIT_SAM = Family(
     ignored=(_HEADS_NAMES, *sam.SAM_VISION.ignored),
     prefix="",
     heads=_heads("mean"),
-    layout=_layout_sam,
-    complete=_complete_sam,
+    layout=cellvit_files.layout_sam,
+    complete=cellvit_files.complete_sam,
     channels=channels_of("patch_embed/projection/kernel"),
 )

@@ -347,7 +347,7 @@ def _resize(
     return unflatten_dict(flat_params, sep="/"), changed
 
 
-# The authors' names; CellViT has the encoder under `encoder`.
+# The authors' names.
 _PUBLISHED = (
     (r"patch_embed\.proj\.(.*)", r"patch_embed.projection.\1"),
     (r"(pos_embed)", r"\1"),
@@ -363,9 +363,7 @@ _PUBLISHED = (
 def published(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     """Return a file of the authors, or of CellViT, under transformers' names.
 
-    Args:
-        checkpoint: of `weights.read`; another one comes back as it is.
-        config: whole, of the family.
+    Another checkpoint comes back as it is.
     """
     first = next((n for n in checkpoint.names if n.endswith("patch_embed.proj.weight")), None)
     if first is None:
