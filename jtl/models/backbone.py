@@ -89,6 +89,8 @@ class Family(NamedTuple):
             the authors' own) to transformers' names, lazily; None where there is one layout only.
         part: the field of a larger model's config that holds this family's ("vision_config"), ""
             where it is the whole.
+        part_config: `config -> config` of this part from that of the larger model, where it is not
+            the field `part` alone; None has it so.
         dims: `(config, pooling) -> width of out["pooled"]` where it hangs on the pooling; None has
             `dim` say it.
         longest: `config -> tokens` of the longest text; None has `max_position_embeddings` say it.
@@ -121,6 +123,7 @@ class Family(NamedTuple):
     complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     resize: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
     channels: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
+    part_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 def stage_labels(blocks: int) -> tuple[str, ...]:

@@ -86,12 +86,16 @@ def adapted_inputs(
     """Return image inputs for another size or number of channels, all else as it was.
 
     Args:
-        inputs: of `load_inputs`.
+        inputs: of `load_inputs`; of a pair, its images' are made anew.
         image_size: (height, width), or one number for both; None leaves it.
         channels: None leaves them. Files hold 1 or 3; for others the inputs are `MissingInputs`.
     """
     from jtl.data.images import ImageInputs, resized
+    from jtl.data.pairs import PairInputs
 
+    if isinstance(inputs, PairInputs):
+        images = adapted_inputs(inputs.images, image_size, channels)
+        return dataclasses.replace(inputs, images=images)
     if not isinstance(inputs, ImageInputs):
         return inputs
     if channels not in (None, 1, 3):

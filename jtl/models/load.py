@@ -71,7 +71,7 @@ def load_backbone(
     """
     checkpoint, row, config = opened(name, family=family, config=config)
     name = str(checkpoint.folder) if isinstance(name, Checkpoint) else str(name)
-    pooling = _pooling(row, pooling or _stated_pooling(checkpoint.folder, row))
+    pooling = _pooling(row, pooling or _stated_pooling(checkpoint, row))
     trees, module, report = _filled(
         checkpoint,
         *(row, config, pooling, dtype, param_dtype, place),
@@ -180,7 +180,7 @@ def opened(
     source = f"{str(checkpoint.folder)!r}"
     row = families.family(family or foreign.family_of(stated), source)
     if row.part and row.part in stated and stated.get("model_type") != row.model_type:
-        stated = stated[row.part]
+        stated = row.part_config(stated) if row.part_config else stated[row.part]
     whole = full_config(row, stated)
     if row.layout is not None:
         checkpoint = row.layout(checkpoint, whole)
@@ -238,8 +238,11 @@ def _pooling(family: Family, pooling: str | None) -> str:
     return pooling
 
 
-def _stated_pooling(folder: Path, family: Family) -> str | None:
+def _stated_pooling(checkpoint: Checkpoint, family: Family) -> str | None:
     """Return the pooling that the folder of the checkpoint states, None where it states none."""
+    folder = checkpoint.folder
+    if family.part and family.part in checkpoint.config:  # what is stated is of the larger model
+        return None
     if (folder / EXTRA_CONFIG).is_file():
         return read_json(folder / EXTRA_CONFIG).get("pooling")
     if not (folder / _POOLING_CONFIG).is_file():

@@ -1,5 +1,6 @@
 """CLIP: values by hand, one side alone, open_clip's files; parity with transformers' PyTorch."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,11 +11,14 @@ import torch_oracle as oracle
 from family_cases import backbone, batch_of
 from flax.traverse_util import flatten_dict
 
+from jtl.data.images import image_inputs
+from jtl.data.pairs import PairInputs
 from jtl.losses import contrastive as losses
 from jtl.models import export, load, zero_shot
 from jtl.models.families import open_clip
 from jtl.models.families.clip import CLIP, CLIP_VISION
 from jtl.models.heads import Contrastive, Linear
+from jtl.models.inputs import MissingInputs
 from jtl.models.load_head import load_head
 from jtl.models.model import attach
 from jtl.weights.files import Checkpoint, Tensor
@@ -121,8 +125,8 @@ def test_scores_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(vision_config={**VISION, "image_size": [8, 12]}), r"image_size .* is \[8, 12\]"),
-        (dict(vision_config={**VISION, "patch_size": 16}), "image_size=10 has no patch"),
+        (dict(vision_config={**VISION, "patch_size": [4, 2]}), r"patch_size .* is \[4, 2\]"),
+        (dict(vision_config={**VISION, "patch_size": 16}), r"image_size=\(10, 10\) has no patch"),
         (dict(text_config={**TEXT, "hidden_act": "gleu"}), "activation 'gleu' is not known"),
         (dict(text_config={**TEXT, "num_attention_heads": 5}), "=5 does not divide hidden_size=12"),
         (dict(text_config={"vocab_size": 3}), r"text tower lacks \['hidden_size'"),
@@ -139,6 +143,52 @@ def test_the_older_text_config_dict_stands_over():
     assert CLIP.make(BOTH, "image").text.eos_token_id == 30
 
 
+def _folder(folder, made):
+    export.export(folder, attach(made, {"x": Linear(2)}, key=jax.random.key(0)))
+    return folder
+
+
+def test_images_of_another_size_and_other_channels(pair, tmp_path):
+    inputs = PairInputs(MissingInputs("text", ""), image_inputs(10, mean=(0.1, 0.2, 0.3)))
+    folder = _folder(tmp_path / "x", dataclasses.replace(pair, inputs=inputs))
+    wide = load.load_backbone(folder, image_size=(8, 13), channels=1)
+    assert wide.config["vision_config"]["image_size"] == [8, 13]
+    assert wide.inputs.images.size == (8, 13) and wide.inputs.images.channels == 1
+    grey = wide.inputs(images=[np.full((9, 9, 3), 100, np.uint8)])
+    assert wide(grey)["tokens"].shape == (1, 1 + 2 * 3, 16)
+    again = load.load_backbone(_folder(tmp_path / "y", wide))
+    np.testing.assert_array_equal(again(grey)["pooled"], wide(grey)["pooled"])
+    # What stands over the config of the tower is brought into it.
+    older = {**wide.config, "vision_config_dict": VISION, "vision_config": {}}
+    _, stated = CLIP.resize(pair.params, older, (12, 12))
+    assert stated["vision_config"]["image_size"] == 12 and CLIP.make(stated, "image")
+    tower = load.load_backbone(folder, family="clip_vision_model", channels=4, new_channels="zeros")
+    images = _batch()["pixel_values"]
+    four = np.concatenate([images, images[..., :1]], axis=-1)
+    got, old = tower({"pixel_values": four}), pair({"pixel_values": images})
+    np.testing.assert_allclose(got["tokens"], old["tokens"], atol=1e-5)
+
+
+def test_a_tower_projects_to_as_many_numbers_as_the_pair(tmp_path):
+    narrow = {**VISION, "projection_dim": 5}
+    config = {**BOTH, "vision_config": narrow, "text_config": {**TEXT, "projection_dim": 6}}
+    whole = load.new_backbone("clip", config, key=jax.random.key(0))
+    folder, batch = _folder(tmp_path / "x", whole), _batch()
+    out = whole(batch)
+    for side in ("vision", "text"):
+        family = f"clip_{side}_model"
+        tower = load.load_backbone(folder, family=family, pooling="projection")
+        embeds = out["image_embeds" if side == "vision" else "text_embeds"]
+        np.testing.assert_allclose(tower(batch)["pooled"], embeds, atol=1e-6)
+        assert tower.dim == 8
+        again = load.load_backbone(_folder(tmp_path / side, tower))  # a tower's own file
+        np.testing.assert_allclose(again(batch)["pooled"], embeds, atol=1e-6)
+    # Of a pair that says nothing the space is as wide as transformers has it; LLaVA's is its own.
+    stated = {"model_type": "clip", "vision_config": narrow}
+    assert CLIP_VISION.part_config(stated)["projection_dim"] == 512
+    assert CLIP_VISION.part_config({**stated, "model_type": "llava"})["projection_dim"] == 5
+
+
 class _Words:
     """A tokenizer of whole words: "a" is 3, "b" is 4; each text ends with 30."""
 
@@ -149,8 +199,6 @@ class _Words:
 
 
 def test_text_vectors_are_means_of_units(pair):
-    import dataclasses
-
     made = dataclasses.replace(pair, inputs=_Words())
     found = zero_shot.text_vectors(made, ["a", "b"], ["{} c", "d {}"])
     assert found.shape == (2, 8)
@@ -306,6 +354,20 @@ def test_every_stage_is_that_of_transformers(theirs):
         oracle.close(got[:, :5], vision.hidden_states[stop])
         if stop:  # the text's two layers are in the last two blocks
             oracle.close(got[:, 5:, :12], text.hidden_states[stop - 1])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", [(24, 24), (8, 22)])
+def test_another_size_is_that_of_transformers(theirs, size):
+    peer, folder, _ = theirs
+    images = np.random.default_rng(2).normal(size=(2, *size, 3)).astype(np.float32)
+    batch = {"pixel_values": images}
+    given = oracle.to_torch(batch)
+    made = load.load_backbone(folder, image_size=size)
+    expected = peer.vision_model(**given, interpolate_pos_encoding=True)
+    oracle.close(made(batch)["tokens"], expected.last_hidden_state)
+    tower = load.load_backbone(folder, family="clip_vision_model", image_size=size)
+    oracle.close(tower(batch)["pooled"], expected.pooler_output)
 
 
 @pytest.mark.parity

@@ -83,6 +83,20 @@ def test_blocks_and_config_errors(pair):
         SIGLIP.make({**BOTH, "text_config": {**TEXT, "vocab_size": None}}, "image", jnp.float32)
 
 
+def test_images_of_another_size_and_other_channels(pair, tmp_path):
+    export.export(tmp_path, attach(pair, {"x": Linear(2)}, key=jax.random.key(0)))
+    wide = load.load_backbone(tmp_path, image_size=(8, 13), channels=1)
+    stated = wide.config["vision_config"]
+    assert stated["image_size"] == [8, 13] and stated["num_channels"] == 1
+    images = np.random.default_rng(0).normal(size=(2, 8, 13, 1)).astype(np.float32)
+    assert wide({"pixel_values": images})["tokens"].shape == (2, 2 * 3, 16)
+    images = np.random.default_rng(0).normal(size=(2, 10, 10, 1)).astype(np.float32)
+    grey = load.load_backbone(tmp_path, family="siglip_vision_model", channels=1)
+    three = {"pixel_values": np.repeat(images, 3, axis=-1)}
+    one = grey({"pixel_values": images})["tokens"]
+    np.testing.assert_allclose(one, pair(three)["tokens"], atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     pytest.importorskip("torch")
@@ -109,6 +123,20 @@ def test_outputs_scores_and_loss_are_those_of_transformers(theirs):
     oracle.close(scores, expected.logits_per_image)
     total, weight = losses.sigmoid_pairs(scores)
     oracle.close(total / weight, expected.loss)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", [(24, 24), (8, 22)])
+def test_another_size_is_that_of_transformers(theirs, size):
+    peer, folder, _ = theirs
+    images = np.random.default_rng(2).normal(size=(2, *size, 3)).astype(np.float32)
+    batch = {"pixel_values": images}
+    given = oracle.to_torch(batch)
+    made = load.load_backbone(folder, image_size=size)
+    expected = peer.vision_model(**given, interpolate_pos_encoding=True)
+    oracle.close(made(batch)["tokens"], expected.last_hidden_state)
+    tower = load.load_backbone(folder, family="siglip_vision_model", image_size=size)
+    oracle.close(tower(batch)["pooled"], expected.pooler_output)
 
 
 @pytest.mark.parity

@@ -13,7 +13,7 @@ has "image_embeds" and "text_embeds" (n, projection_dim), not normalised, for wh
 Reference: Radford et al. 2021, arXiv:2103.00020.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -32,9 +32,11 @@ from jtl.models.layers.clip_towers import (
     TextTower,
     at,
     end_of_text,
+    sides,
     text_config,
     vision_config,
 )
+from jtl.models.resize import Changed, channels_of, positions_of
 
 POOLINGS = ("image", "text")
 VISION_POOLINGS = ("pooler", "projection", "cls", "mean")
@@ -222,6 +224,21 @@ def clip_parts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {**config.get(name, {}), **(config.get(f"{name}_dict") or {})} for name in names}
 
 
+def _part(name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Return a tower's config from that of the pair, whose shared space is wide as the pair says.
+
+    The tower's own `projection_dim` is read where it stands alone, or in a model of another kind.
+    """
+
+    def own(config: Mapping[str, Any]) -> dict[str, Any]:
+        tower = clip_parts(config)[name]
+        if config.get("model_type") != "clip":
+            return tower
+        return {**tower, "projection_dim": config.get("projection_dim", 512)}
+
+    return own
+
+
 def _make(config: Mapping[str, Any], pooling: str, dtype: Any = jnp.float32) -> Clip:
     parts = clip_parts(config)
     return Clip(
@@ -275,8 +292,7 @@ def _text_groups(config: Mapping[str, Any], pooling: str) -> Rules:
 
 def _vision_example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
     made = vision_config(config)
-    side = made.image_size
-    return {"pixel_values": jnp.zeros((1, side, side, made.num_channels))}
+    return {"pixel_values": jnp.zeros((1, *sides(made.image_size), made.num_channels))}
 
 
 def _text_example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -296,6 +312,16 @@ def _text_make(config: Mapping[str, Any], pooling: str, dtype: Any = jnp.float32
     return ClipText(text_config(config), pooling, dtype)
 
 
+def _of_pair(change: Callable[..., Changed]) -> Callable[..., Changed]:
+    """Return a change of images where the older `vision_config_dict` stands over nothing."""
+
+    def changed(params: Mapping[str, Any], config: Mapping[str, Any], *new: Any) -> Changed:
+        older = {f"{name}_dict": None for name in ("vision_config", "text_config")}
+        return change(params, {**config, **clip_parts(config), **older}, *new)
+
+    return changed
+
+
 def _contrastive(config: Mapping[str, Any], backbone: Any) -> Contrastive:
     return Contrastive()
 
@@ -306,6 +332,9 @@ _VISION_ALIASES = (
     (r"^(model[.])?vision_tower[.](vision_model[.])?", "vision_model."),
     (r"^(embeddings|encoder|pre_layrnorm|post_layernorm)[.]", r"vision_model.\1."),
 )
+
+_POSITIONS = "vision_model/embeddings/position_embedding/embedding"
+_KERNEL = "vision_model/embeddings/patch_embedding/kernel"
 
 CLIP = Family(
     model_type="clip",
@@ -321,6 +350,8 @@ CLIP = Family(
     prefix="",
     table="text_model/embeddings/token_embedding/embedding",
     heads={"contrastive": PretrainedHead("CLIPModel", Contrastive, _contrastive, ())},
+    resize=_of_pair(positions_of(_POSITIONS, part="vision_config")),
+    channels=_of_pair(channels_of(_KERNEL, part="vision_config")),
 )
 CLIP_VISION = Family(
     model_type="clip_vision_model",
@@ -340,6 +371,9 @@ CLIP_VISION = Family(
     layout=open_clip.layout,
     class_name="CLIPVisionModel",
     part="vision_config",
+    resize=positions_of(_POSITIONS),
+    channels=channels_of(_KERNEL),
+    part_config=_part("vision_config"),
 )
 CLIP_TEXT = Family(
     model_type="clip_text_model",
@@ -355,5 +389,6 @@ CLIP_TEXT = Family(
     layout=open_clip.layout,
     class_name="CLIPTextModel",
     part="text_config",
+    part_config=_part("text_config"),
     table="text_model/embeddings/token_embedding/embedding",
 )

@@ -21,9 +21,10 @@ from jtl.models.backbone import UNUSED, Batch, Family, Out, PretrainedHead, Rule
 from jtl.models.heads import pool
 from jtl.models.heads.contrastive import Contrastive
 from jtl.models.layers import two_towers
-from jtl.models.layers.clip_towers import TextTower, vision_config
+from jtl.models.layers.clip_towers import TextTower, sides, vision_config
 from jtl.models.layers.siglip_tower import SiglipVisionConfig, SiglipVisionTower
 from jtl.models.layers.tower import tower_fields
+from jtl.models.resize import channels_of, positions_of
 
 POOLINGS = ("image", "text")
 VISION_POOLINGS = ("pooler", "mean")
@@ -259,7 +260,7 @@ def _text_groups(config: Mapping[str, Any], pooling: str) -> Rules:
 
 def _vision_example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
     made = vision_config(config, SiglipVisionConfig)
-    return {"pixel_values": jnp.zeros((1, made.image_size, made.image_size, made.num_channels))}
+    return {"pixel_values": jnp.zeros((1, *sides(made.image_size), made.num_channels))}
 
 
 def _text_example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -279,6 +280,8 @@ _VISION_RULES = (
     (r"(vision_model/head/attention/in_proj)/kernel", r"\1_weight", "dense"),
     (r"(vision_model/head/attention/in_proj)/bias", r"\1_bias", "same"),
 )
+_POSITIONS = "vision_model/embeddings/position_embedding/embedding"
+_KERNEL = "vision_model/embeddings/patch_embedding/kernel"
 
 SIGLIP = Family(
     model_type="siglip",
@@ -302,6 +305,8 @@ SIGLIP = Family(
             "SiglipModel", Contrastive, lambda config, backbone: Contrastive(), ()
         )
     },
+    resize=positions_of(_POSITIONS, part="vision_config"),
+    channels=channels_of(_KERNEL, part="vision_config"),
 )
 SIGLIP_VISION = Family(
     model_type="siglip_vision_model",
@@ -316,6 +321,8 @@ SIGLIP_VISION = Family(
     ignored=(r"(text_model|logit_scale|logit_bias|classifier)([.].*)?",),
     class_name="SiglipVisionModel",
     part="vision_config",
+    resize=positions_of(_POSITIONS),
+    channels=channels_of(_KERNEL),
 )
 SIGLIP_TEXT = Family(
     model_type="siglip_text_model",

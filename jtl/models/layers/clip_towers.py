@@ -7,6 +7,7 @@ Reference: Radford et al. 2021, arXiv:2103.00020.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import Batch
 from jtl.models.layers.norms import layer_norm
+from jtl.models.layers.patches import grid, pair
 from jtl.models.layers.pixels import pixels
 from jtl.models.layers.token_embeddings import token_ids
 from jtl.models.layers.tower import TowerEncoder, tower_fields
@@ -29,7 +31,7 @@ class ClipVisionConfig:
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
-    image_size: int
+    image_size: int | tuple[int, int]
     patch_size: int
     num_channels: int = 3
     hidden_act: str = "quick_gelu"
@@ -41,7 +43,7 @@ class ClipVisionConfig:
     @property
     def positions(self) -> int:
         """Number of tokens of an image: one for all of it, and one for each patch."""
-        return 1 + (self.image_size // self.patch_size) ** 2
+        return 1 + math.prod(grid(sides(self.image_size), sides(self.patch_size)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def vision_config(config: Mapping[str, Any], made: type = ClipVisionConfig) -> A
         made: the dataclass to fill.
 
     Raises:
-        ValueError: a size is missing or does not fit, or the images are not square.
+        ValueError: a size is missing or does not fit, or the patches are not square.
 
     >>> sizes = dict(hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
     >>> vision_config(dict(sizes, intermediate_size=8, image_size=8, patch_size=4)).positions
@@ -79,20 +81,25 @@ def vision_config(config: Mapping[str, Any], made: type = ClipVisionConfig) -> A
     own = dict(config)
     for name in ("image_size", "patch_size"):
         value = own.get(name)
-        if isinstance(value, list | tuple) and len(set(value)) == 1:
-            own[name] = value[0]
-        elif isinstance(value, list | tuple):
-            raise ValueError(
-                f"{name} of the image tower is {list(value)}; its checkpoints are for squares; "
-                "give one whole number"
-            )
-    made = tower_fields(made, own, "the image tower")
-    if made.image_size < made.patch_size:
+        if isinstance(value, list | tuple):
+            own[name] = value[0] if len(set(value)) == 1 else pair(value, name)
+    if isinstance(own.get("patch_size"), tuple):
         raise ValueError(
-            f"image_size={made.image_size} has no patch of patch_size={made.patch_size}; "
-            "give larger images or smaller patches"
+            f"patch_size of the image tower is {list(own['patch_size'])}; its checkpoints have "
+            "square patches; give one whole number"
         )
+    made = tower_fields(made, own, "the image tower")
+    grid(sides(made.image_size), sides(made.patch_size))
     return made
+
+
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of a size that is one number for both.
+
+    >>> sides(4), sides((4, 6))
+    ((4, 4), (4, 6))
+    """
+    return (size, size) if isinstance(size, int) else size
 
 
 def text_config(config: Mapping[str, Any]) -> ClipTextConfig:
@@ -157,8 +164,7 @@ class ClipVisionTower(nn.Module):
 
     def stem(self, batch: Batch, live: bool = False) -> jax.Array:
         """Return the embeddings (n, 1 + patches, width)."""
-        side = self.config.image_size
-        images = pixels(batch, self.config.num_channels, (side, side))
+        images = pixels(batch, self.config.num_channels, sides(self.config.image_size))
         return self.pre_layrnorm(self.embeddings(images))
 
     def layer(self, index: int, hidden: jax.Array, batch: Batch, live: bool) -> jax.Array:

@@ -4,6 +4,7 @@ Reference: Zhai et al. 2023, arXiv:2303.15343; the pooling: Lee et al. 2018, arX
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 
 from jtl.models.backbone import Batch
 from jtl.models.layers.attention import attention
+from jtl.models.layers.clip_towers import sides
 from jtl.models.layers.dense import flat_dot
 from jtl.models.layers.norms import layer_norm
+from jtl.models.layers.patches import grid
 from jtl.models.layers.pixels import pixels
 from jtl.models.layers.tower import TowerEncoder, TowerMLP
 
@@ -26,7 +29,7 @@ class SiglipVisionConfig:
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
-    image_size: int
+    image_size: int | tuple[int, int]
     patch_size: int
     num_channels: int = 3
     hidden_act: str = "gelu_pytorch_tanh"
@@ -38,7 +41,7 @@ class SiglipVisionConfig:
     @property
     def positions(self) -> int:
         """Number of tokens of an image: one for each patch."""
-        return (self.image_size // self.patch_size) ** 2
+        return math.prod(grid(sides(self.image_size), sides(self.patch_size)))
 
 
 class _Embeddings(nn.Module):
@@ -133,8 +136,8 @@ class SiglipVisionTower(nn.Module):
 
     def stem(self, batch: Batch, live: bool = False) -> jax.Array:
         """Return the embeddings (n, patches, width)."""
-        side = self.config.image_size
-        return self.embeddings(pixels(batch, self.config.num_channels, (side, side)))
+        size = sides(self.config.image_size)
+        return self.embeddings(pixels(batch, self.config.num_channels, size))
 
     def layer(self, index: int, hidden: jax.Array, batch: Batch, live: bool) -> jax.Array:
         """Return the output of layer `index`."""
