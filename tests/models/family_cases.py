@@ -152,6 +152,16 @@ _IDEFICS = dict(
     use_resampler=True,
     alpha_initializer="ones",  # through a closed gate no gradient reaches the images
 )
+_OPENFLAMINGO = dict(
+    vision_config=dict(_PATCHES, model_type="clip_vision_model", num_hidden_layers=1),
+    text_config=dict(_TEXT, model_type="llama", hidden_size=12),
+    cross_attn_every_n_layers=2,
+    resampler_n_latents=3,
+    resampler_depth=1,
+    n_heads=2,
+    head_dim=4,
+    alpha_initializer="ones",
+)
 _LLAVA = dict(
     vision_config=dict(_PATCHES, model_type="clip_vision_model"),
     text_config=dict(_TEXT, model_type="llama", hidden_size=12),
@@ -243,6 +253,7 @@ CASES: dict[str, Case] = {
     "mistral": Case(dict(_GROUPED, sliding_window=2)),
     "mlp": Case(dict(image_size=6, hidden_sizes=[16, 16, 8])),
     "mpnet": Case(dict(_TEXT, max_position_embeddings=18)),
+    "openflamingo": Case(_OPENFLAMINGO),
     "prithvi": Case(
         {**_SATELLITE, "patch_size": [1, 4, 4], "coords_encoding": ["time", "location"]}
         | {"num_channels": 6, "coords_scale_learn": True}

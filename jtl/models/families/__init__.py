@@ -43,6 +43,7 @@ TABLE: dict[str, str] = {
     "mlp": "mlp:FAMILY",
     "mpnet": "mpnet:MPNET",
     "mt5": "t5:MT5_ROW",
+    "openflamingo": "open_flamingo:OPENFLAMINGO",
     "prithvi": "satellite:PRITHVI",
     "qwen2": "qwen:QWEN2",
     "qwen3": "qwen:QWEN3",

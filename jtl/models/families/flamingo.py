@@ -32,10 +32,17 @@ from jtl.models.heads.decoupled import Decoupled
 from jtl.models.layers import RMSNorm, two_towers
 from jtl.models.layers.clip_towers import ClipVisionConfig, ClipVisionTower, vision_config
 from jtl.models.layers.decoupled_embedding import DecoupledEmbedding
-from jtl.models.layers.gated_cross_attention import GatedCrossAttention, Seen, seen_tokens
+from jtl.models.layers.gated_cross_attention import (
+    GatedCrossAttention,
+    Seen,
+    image_before,
+    seen_tokens,
+)
 from jtl.models.layers.nest import Nest
+from jtl.models.layers.patches import pair
 from jtl.models.layers.resampler import Resampler
 from jtl.models.layers.token_embeddings import token_ids
+from jtl.models.resize import positions_of
 
 POOLINGS = ("last", "mean")
 _STARTS = ("zeros", "ones", "normal", "gaussian", "random")
@@ -53,6 +60,10 @@ class FlamingoConfig:
         every: a cross-attention for so many layers of the decoder.
         first: before which of them it stands.
         additional: rows of the second word embedding.
+        whole: whether the token of the whole image is read beside those of its patches.
+        image_token: which word stands for an image, so that a word reads the last image before it;
+            None has the batch say what a word reads.
+        counted: whether positions are counted from the first real token.
     """
 
     vision: ClipVisionConfig
@@ -62,6 +73,9 @@ class FlamingoConfig:
     every: int = 1
     first: int = 0
     additional: int = 0
+    whole: bool = True
+    image_token: int | None = None
+    counted: bool = True
 
     @property
     def before(self) -> int:
@@ -214,7 +228,7 @@ class Flamingo(nn.Module):
         if index < self.config.vision.num_hidden_layers:
             images = self.vision_model.layer(index, images, batch, live)
         else:
-            images = self.perceiver_resampler(images)
+            images = self.perceiver_resampler(images if self.config.whole else images[:, 1:])
         return two_towers.joint(images.reshape(rows, -1, images.shape[-1]), words)
 
     def _streams(self, hidden: jax.Array, batch: Batch) -> tuple[Any, Any]:
@@ -228,15 +242,19 @@ class Flamingo(nn.Module):
             name = str(config.crossed.index(layer))
             seen = None if images is None else self._seen(images, words, batch)
             words = self.gated_cross_attn_layers(name, words, images, seen, live)
-        return self.layers(layer, words, {**batch, **_counted(batch)}, live)
+        counted = _counted(batch) if config.counted else {}
+        return self.layers(layer, words, {**batch, **counted}, live)
 
     def _seen(self, images: jax.Array, words: jax.Array, batch: Batch) -> Seen | None:
         resampler = self.config.resampler
         each = self.config.vision.positions if resampler is None else dict(resampler)["latents"]
-        mask = batch.get("image_attention_mask")
+        mask: Any = batch.get("image_attention_mask")
+        count = images.shape[1] // each
+        if mask is None and self.config.image_token is not None:
+            mask = image_before(jnp.asarray(batch["input_ids"]), self.config.image_token, count)
         if mask is None:
             return None
-        wanted = (*words.shape[:2], images.shape[1] // each)
+        wanted = (*words.shape[:2], count)
         if mask.shape != wanted:
             raise ValueError(
                 f"'image_attention_mask' has shape {mask.shape}; the batch has {wanted} (n, "
@@ -290,10 +308,11 @@ def _make(config: Mapping[str, Any], pooling: str, dtype: Any = jnp.float32) -> 
     return Flamingo(idefics_config(config), pooling, dtype)
 
 
-def _groups(config: Mapping[str, Any], pooling: str) -> Rules:
-    made = idefics_config(config)
+def stage_groups(made: FlamingoConfig) -> Rules:
+    """Return the rules of the stages of a model, (regex, label)."""
     depth, before = made.vision.num_hidden_layers, made.before
     resampler = () if made.resampler is None else (("perceiver_resampler/.*", f"block_{depth}"),)
+    layers = range(made.text.num_hidden_layers)
     return (
         (r"(vision_model/(embeddings|pre_layrnorm)|embed_tokens)/.*", "stem"),
         *((rf"vision_model/encoder/layers/{i}/.*", f"block_{i}") for i in range(depth)),
@@ -302,16 +321,17 @@ def _groups(config: Mapping[str, Any], pooling: str) -> Rules:
             (rf"gated_cross_attn_layers/{i}/.*", f"block_{before + layer}")
             for i, layer in enumerate(made.crossed)
         ),
-        *((rf"layers/{i}/.*", f"block_{before + i}") for i in range(made.text.num_hidden_layers)),
+        *((rf"layers/{i}/.*", f"block_{before + i}") for i in layers),
         ("norm/.*", "top"),
         ("vision_model/post_layernorm/.*", UNUSED),
     )
 
 
-def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
-    vision = idefics_config(config).vision
+def small_batch(made: FlamingoConfig) -> dict[str, jax.Array]:
+    """Return one row of a few words with one image that each of them reads."""
     ids = jnp.zeros((1, 4), jnp.int32)
-    images = jnp.zeros((1, 1, vision.image_size, vision.image_size, vision.num_channels))
+    size = pair(made.vision.image_size, "image_size")
+    images = jnp.zeros((1, 1, *size, made.vision.num_channels))
     seen = jnp.ones((1, 4, 1), jnp.int32)
     mask = jnp.ones_like(ids)
     return dict(input_ids=ids, attention_mask=mask, pixel_values=images, image_attention_mask=seen)
@@ -325,21 +345,18 @@ def _causal_lm(config: Mapping[str, Any], backbone: Any) -> Decoupled:
     )
 
 
+RULES = (("(vision_model/embeddings/patch_embedding)/kernel", r"\1.weight", "conv"),)
+_POSITIONS = "vision_model/embeddings/position_embedding/embedding"
+
 IDEFICS = Family(
     model_type="idefics",
     modality="image_text",
     make=_make,
-    groups=_groups,
+    groups=lambda config, pooling: stage_groups(idefics_config(config)),
     poolings=POOLINGS,
     dim=lambda config: config["hidden_size"],
-    example=_example,
-    rules=(
-        (
-            r"(vision_model/embeddings/patch_embedding)/kernel",
-            r"\1.weight",
-            "conv",
-        ),
-    ),
+    example=lambda config: small_batch(idefics_config(config)),
+    rules=RULES,
     aliases=((r"^model[.]", ""),),
     ignored=(
         r".*rotary_emb[.]inv_freq",
@@ -361,4 +378,5 @@ IDEFICS = Family(
             stated=lambda head: {"tie_word_embeddings": head.tied},
         )
     },
+    resize=positions_of(_POSITIONS, part="vision_config"),
 )
