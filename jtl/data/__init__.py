@@ -7,6 +7,7 @@ for batch in batches(dataset, 32, seed=0, stop=steps_per_epoch(dataset, 32)): ..
 """
 
 from jtl.data.audio import AudioInputs, audio_inputs, load_audio_inputs
+from jtl.data.bands import BandInputs, band_inputs, load_band_inputs
 from jtl.data.batches import (
     batch_shapes,
     batches,
@@ -32,6 +33,7 @@ from jtl.data.tfds import from_tfds
 
 __all__ = [
     "AudioInputs",
+    "BandInputs",
     "Dataset",
     "ImageInputs",
     "PairInputs",
@@ -39,6 +41,7 @@ __all__ = [
     "Store",
     "TextInputs",
     "audio_inputs",
+    "band_inputs",
     "batch_shapes",
     "batches",
     "check_finite",
@@ -54,6 +57,7 @@ __all__ = [
     "from_tfds",
     "image_inputs",
     "load_audio_inputs",
+    "load_band_inputs",
     "load_image_inputs",
     "load_text_inputs",
     "mixed_batches",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jtl.data.audio import AudioInputs
+from jtl.data.bands import BandInputs
 from jtl.data.buckets import bucket_of, choose_buckets
 from jtl.data.fingerprint import fingerprint
 from jtl.data.images import ImageInputs
@@ -184,14 +185,15 @@ def encode(
         ValueError: the source holds other examples than the inputs are for, or an example cannot be
             encoded.
     """
-    kinds = {TextInputs: "text", ImageInputs: "image", AudioInputs: "audio"}
+    kinds = {TextInputs: "text", ImageInputs: "image", BandInputs: "image", AudioInputs: "audio"}
     names = {"text": "texts", "image": "images", "audio": "recordings"}
     modality = kinds.get(type(inputs))
     if modality != source.modality:
         raise ValueError(
             f"{source.name} holds {names[source.modality]}; the backbone's inputs are "
             f"{type(inputs).__name__}; take data or a backbone of the other kind, or give the "
-            "backbone its inputs (data.load_text_inputs, data.image_inputs, data.audio_inputs)"
+            "backbone its inputs (data.load_text_inputs, data.image_inputs, data.band_inputs, "
+            "data.audio_inputs)"
         )
     if modality == "text":
         return _texts(source, inputs, buckets, multiple, max_length)
@@ -219,9 +221,10 @@ def _texts(
     return Dataset(parts, bucket, labels, source.classes, buckets, name=source.name)
 
 
-def _images(source: Source, inputs: ImageInputs, memory_bytes: int) -> Dataset:
-    raw = source.columns["image"]
-    stacked = isinstance(raw, Pixels) or (isinstance(raw, np.ndarray) and raw.dtype == np.uint8)
+def _images(source: Source, inputs: ImageInputs | BandInputs, memory_bytes: int) -> Dataset:
+    raw, bands = source.columns["image"], isinstance(inputs, BandInputs)
+    array = isinstance(raw, np.ndarray) and (bands or raw.dtype == np.uint8)
+    stacked = isinstance(raw, Pixels) or array
 
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
         return inputs(raw[rows] if stacked else [raw[row] for row in rows.tolist()])
@@ -231,13 +234,19 @@ def _images(source: Source, inputs: ImageInputs, memory_bytes: int) -> Dataset:
 
     def origin() -> str:
         made = ahead(lambda row: fingerprint(raw[row]), 0, source.size, prefetch=2)
+        if isinstance(inputs, BandInputs):
+            return fingerprint(repr(inputs), list(made))
         return fingerprint(repr(inputs.processor), inputs.size, inputs.channels, list(made))
 
     lazy = Dataset(
         ({},), bucket, labels, source.classes, (0,), read, name=source.name, origin=origin
     )
-    quick = isinstance(raw, Pixels) and inputs.levels is not None  # bytes already, in memory
-    if quick or source.size * int(np.prod(inputs.size)) * inputs.channels * 4 > memory_bytes:
+    if isinstance(inputs, BandInputs):
+        quick, numbers = False, int(np.size(raw[0]))
+    else:
+        quick = isinstance(raw, Pixels) and inputs.levels is not None  # bytes already, in memory
+        numbers = int(np.prod(inputs.size)) * inputs.channels
+    if quick or source.size * numbers * 4 > memory_bytes:
         return lazy
     part = _all_rows(lazy, np.arange(source.size))
     return dataclasses.replace(lazy, parts=(part,), read=None, origin=None)

@@ -99,6 +99,8 @@ class Family(NamedTuple):
         resize: `(params, config, size) -> (params, config)` for images of another (height, width);
             None where any size will do, or none can. See `models/resize.py`.
         channels: `(params, config, channels, new) -> (params, config)` for another number of them.
+        inputs: `config -> input spec` of the published weights, whose files state none; None, or
+            None from it, where nothing is known.
     """
 
     model_type: str
@@ -124,6 +126,7 @@ class Family(NamedTuple):
     resize: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
     channels: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
     part_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    inputs: Callable[[Mapping[str, Any]], Any] | None = None
 
 
 def stage_labels(blocks: int) -> tuple[str, ...]:

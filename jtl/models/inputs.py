@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ _INPUT_FILES = {
     "audio": ("preprocessor_config.json",),
 }
 _INPUT_FILES["image_text"] = _INPUT_FILES["text"] + _INPUT_FILES["image"]
-_OPEN_CLIP = "open_clip_config.json"
+_OPEN_CLIP, _BANDS = "open_clip_config.json", "band_inputs.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +34,31 @@ class MissingInputs:
         """Write nothing: there is nothing."""
 
 
-def load_inputs(folder: Path, modality: str, config: Mapping[str, Any]) -> Any:
+def load_inputs(
+    folder: Path,
+    modality: str,
+    config: Mapping[str, Any],
+    *,
+    published: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> Any:
     """Return the input spec of a checkpoint folder; `MissingInputs` where it has none.
 
     Args:
         folder: a local folder.
         modality: of the family.
         config: the dict of the family's `config.json`.
+        published: `config -> input spec`, asked where the folder has no preprocessing; see
+            `Family.inputs`.
 
     Raises:
         ValueError: its files are damaged, or are for other inputs.
     """
     if modality == "image_text":
         return _pair(folder, config)
+    if modality == "image" and (folder / _BANDS).is_file():
+        from jtl.data.bands import load_band_inputs
+
+        return load_band_inputs(folder)
     if not any((folder / name).is_file() for name in _INPUT_FILES[modality]):
         if modality == "image" and (folder / _OPEN_CLIP).is_file():
             from jtl.data.open_clip import open_clip_inputs
@@ -56,7 +68,8 @@ def load_inputs(folder: Path, modality: str, config: Mapping[str, Any]) -> Any:
             from jtl.data.images import timm_inputs
 
             return timm_inputs(config["pretrained_cfg"])
-        return MissingInputs(modality, str(folder))
+        known = None if published is None else published(config)
+        return MissingInputs(modality, str(folder)) if known is None else known
     if modality == "text":
         from jtl.data.text import load_text_inputs
 
@@ -88,17 +101,21 @@ def adapted_inputs(
     Args:
         inputs: of `load_inputs`; of a pair, its images' are made anew.
         image_size: (height, width), or one number for both; None leaves it.
-        channels: None leaves them. Files hold 1 or 3; for others the inputs are `MissingInputs`.
+        channels: None leaves them. Files hold 1 or 3; for others the inputs are `MissingInputs`, as
+            they are for other bands, whose means nobody knows.
     """
+    from jtl.data.bands import BandInputs
     from jtl.data.images import ImageInputs, resized
     from jtl.data.pairs import PairInputs
 
     if isinstance(inputs, PairInputs):
         images = adapted_inputs(inputs.images, image_size, channels)
         return dataclasses.replace(inputs, images=images)
-    if not isinstance(inputs, ImageInputs):
-        return inputs
-    if channels not in (None, 1, 3):
-        return MissingInputs("image", f"a model of {channels} channels")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if isinstance(inputs, BandInputs) and channels in (None, len(inputs.mean)):
+        return dataclasses.replace(inputs, size=size or inputs.size)
+    if not isinstance(inputs, ImageInputs | BandInputs):
+        return inputs
+    if isinstance(inputs, BandInputs) or channels not in (None, 1, 3):
+        return MissingInputs("image", f"a model of {channels} channels")
     return resized(inputs, size or inputs.size, channels or inputs.channels)

@@ -81,9 +81,11 @@ def load_backbone(
     )
     trees = _complete(trees, module, row.example(config), key)
     stated = {} if row.longest is None else {"max_position_embeddings": row.longest(config)}
-    inputs = load_inputs(checkpoint.folder, row.modality, {**config, **stated})
+    inputs = load_inputs(
+        checkpoint.folder, row.modality, {**config, **stated}, published=row.inputs
+    )
     if image_size is not None or channels is not None:
-        sizes = dict(image_size=image_size, channels=channels, new_channels=new_channels)
+        sizes: Any = dict(image_size=image_size, channels=channels, new_channels=new_channels)
         trees["params"], config = resize.adapted(row, trees["params"], config, **sizes, place=place)
         module = row.make(config, pooling, jnp.dtype(dtype))
         inputs = adapted_inputs(inputs, image_size, channels)

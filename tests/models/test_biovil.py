@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_oracle as oracle
+from PIL import Image
 
 from jtl.models import load
 from jtl.models.families.biovil import BIOVIL_IMAGE
+from jtl.models.inputs import load_inputs
 from jtl.weights.rename import torch_name
 
 SIZES = dict(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 2], projection_size=6)
@@ -43,6 +45,23 @@ def test_the_whole_network_has_as_many_tensors_as_the_file():
     leaves = [len(jax.tree.leaves(shapes[name])) for name in ("params", "batch_stats")]
     # torchvision's ResNet-50: 53 convolutions and norms; the projector: two layers and a norm.
     assert leaves == [53 * 3 + 5, 53 * 2 + 2]
+
+
+def test_images_are_resized_and_cut_as_by_the_authors(tmp_path):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (600, 768), np.uint8))
+    stated = {**SIZES, "num_channels": 3}
+    made = load_inputs(tmp_path, "image", stated, published=BIOVIL_IMAGE.inputs)
+    got = made([image])["pixel_values"]
+    small = np.asarray(image.resize((655, 512), Image.Resampling.BILINEAR))
+    left = (655 - 448) // 2
+    expected = small[32 : 32 + 448, left : left + 448].astype(np.float32) / 255
+    assert got.shape == (1, 448, 448, 3)
+    for channel in range(3):
+        np.testing.assert_allclose(got[0, ..., channel], expected, atol=1e-6)
+    made.save(tmp_path)
+    again = load_inputs(tmp_path, "image", {})
+    np.testing.assert_array_equal(again([image])["pixel_values"], got)
 
 
 def test_poolings():
@@ -105,6 +124,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(theirs):
     import torch
 
     peer, made = theirs
+    assert made.inputs.size == (448, 448)
     rng = np.random.default_rng(0)
     images = {"pixel_values": rng.normal(size=(2, 40, 64, 3)).astype(np.float32)}
     maps = peer["encoder"](oracle.to_torch(images)["pixel_values"]).last_hidden_state

@@ -392,6 +392,40 @@ def test_sizes_and_channels_are_adapted(tmp_path):
         load.load_backbone(folder / "model.safetensors", **options, channels=3)
 
 
+def test_prithvi_normalises_as_its_config_states(tmp_path):
+    file = _file(tmp_path, "prithvi") / "model.safetensors"
+    stated = {**CONFIGS["prithvi"], "mean": [1087, 1342.0, 1433.0], "std": [2248.0, 2179.0, 2178.0]}
+    made = load.load_backbone(file, family="prithvi", config=stated)
+    images = np.full((2, 3, 8, 12, 3), 1433.0)
+    pixels = made.inputs(images)["pixel_values"]
+    np.testing.assert_allclose(pixels[0, 0, 0, 0], [346 / 2248, 91 / 2179, 0.0], rtol=1e-6)
+    batch = {**_batch("prithvi"), "pixel_values": pixels}
+    assert made(batch)["tokens"].shape == (2, 1 + 3 * 2 * 3, 32)
+    export.export(tmp_path / "x", attach(made, {"x": Linear(2)}, key=jax.random.key(0)))
+    assert load.load_backbone(tmp_path / "x").inputs == made.inputs
+    silent = load.load_backbone(file, family="prithvi", config=CONFIGS["prithvi"])
+    with pytest.raises(ValueError, match="has no preprocessing for image inputs"):
+        silent.inputs(images)
+
+
+def test_satmae_normalises_as_its_authors_do():
+    inputs = SATMAE.inputs(load.full_config(SATMAE, {}))
+    # fMoW-Sentinel: B2 has mean 1184.3824625 and deviation 650.2842772, B12 has mean 1247.91870117.
+    images = np.zeros((1, 96, 96, 10)) + np.array([1184.3824625, *[0.0] * 8, 1247.91870117])
+    images[0, 0, 0] = 1e5
+    images[0, 0, 1] = np.array([1184.3824625 - 650.2842772, *[-9999.0] * 9])
+    made = inputs(images)["pixel_values"][0]
+    np.testing.assert_allclose(made[5, 5, [0, 9]], 127 / 255, rtol=1e-6)  # half of 255, in bytes
+    np.testing.assert_array_equal(made[0, 0], np.ones(10))
+    np.testing.assert_allclose(made[0, 1], [63 / 255, *[0.0] * 9], rtol=1e-6)
+    assert SATMAE.inputs(load.full_config(SATMAE, CONFIGS["satmae"])) is None
+    series = SATMAE_TEMPORAL.inputs(load.full_config(SATMAE_TEMPORAL, {}))
+    white = series(np.full((1, 3, 224, 224, 3), 255, np.uint8))["pixel_values"]
+    mean, std = 0.4182007312774658, 0.28774282336235046
+    np.testing.assert_allclose(white[0, 2, 3, 4, 0], (1 - mean) / std, rtol=1e-6)
+    assert PRITHVI.inputs(load.full_config(PRITHVI, {})) is None
+
+
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
     pytest.importorskip("torch")

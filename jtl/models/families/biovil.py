@@ -3,8 +3,10 @@
 The file is `biovil_image_resnet50_proj_size_128.pt` of microsoft/BiomedVLP-CXR-BERT-specialized; it
 has no config of its own: `load_backbone(file, family="biovil_image")`. Its texts come from a
 backbone of model_type "cxr-bert" with the head "projection". Images are grey, from 0 to 1, the same
-in all three channels. Stages: those of `families/resnet.py`; "top" is the projector. BioViL-T,
-which reads two images, is not this network.
+in all three channels: the shorter side is made 512 pixels long, and the middle 448 x 448 are cut
+out. The authors stretch an image before, so that its darkest pixel is 0 and its lightest 255; that
+is left to who reads the files. Stages: those of `families/resnet.py`; "top" is the projector.
+BioViL-T, which reads two images, is not this network.
 
 Reference: Boecking et al. 2022, arXiv:2204.09817.
 """
@@ -118,6 +120,16 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config.get(name, value) for name, value in _DEFAULTS.items()}
 
 
+def _inputs(config: Mapping[str, Any]) -> Any:
+    """Return the authors' transform for evaluation: resize to 512, cut out 448, divide by 255."""
+    from jtl.data.images import timm_inputs
+
+    if config["num_channels"] != 3:
+        return None
+    sizes = {"input_size": [3, 448, 448], "crop_pct": 448 / 512, "interpolation": "bilinear"}
+    return timm_inputs({**sizes, "mean": [0.0] * 3, "std": [1.0] * 3})
+
+
 def _groups(config: Mapping[str, Any], pooling: str) -> Rules:
     inner = tuple((f"encoder/(?:{rule})", label) for rule, label in RESNET.groups(config, "mean"))
     return (*inner, ("projector/.*", UNUSED if pooling == "mean" else "top"))
@@ -147,4 +159,5 @@ BIOVIL_IMAGE = Family(
     # Of torchvision's ResNet: a classifier of ImageNet that nothing reads.
     ignored=(r"encoder[.]encoder[.]fc[.].*", r"(.*[.])?num_batches_tracked", r"classifier[.].*"),
     complete=_complete,
+    inputs=_inputs,
 )

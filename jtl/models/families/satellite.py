@@ -34,6 +34,7 @@ from jtl.models.families.satellite_stems import (
 )
 from jtl.models.heads import pool
 from jtl.models.layers import layer_norm
+from jtl.models.layers.patches import pair
 from jtl.models.layers.timm_block import TimmBlock
 from jtl.models.layers.vit_encoder import drop_path_rates
 from jtl.models.resize import channels_of, positions_of
@@ -51,6 +52,17 @@ _TEMPORAL = dict(
     hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, mlp_ratio=4.0, image_size=224,
     patch_size=16, num_channels=3, num_frames=3, time_embed=384, layer_norm_eps=1e-6,
 )  # fmt: skip
+# Means and deviations of fMoW-Sentinel's bands B2 to B8, B8A, B11, B12, and of fMoW's colours.
+_SENTINEL = (
+    (1184.3824625, 1120.77120066, 1136.26026392, 1263.73947144, 1645.40315151, 1846.87040806,
+     1762.59530783, 1972.62420416, 1732.16362238, 1247.91870117),
+    (650.2842772, 712.12507725, 965.23119807, 948.9819932, 1108.06650639, 1258.36394548,
+     1233.1492281, 1364.38688993, 1310.36996126, 1087.6020813),
+)  # fmt: skip
+_FMOW = (
+    (0.4182007312774658, 0.4214799106121063, 0.3991275727748871),
+    (0.28774282336235046, 0.27541765570640564, 0.2764017581939697),
+)
 _PRITHVI = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4.0, image_size=224,
     patch_size=[1, 16, 16], num_channels=6, num_frames=3, coords_encoding=[],
@@ -194,6 +206,41 @@ def prithvi_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"model_type": "prithvi", **{theirs.get(k, k): v for k, v in stated.items()}}
 
 
+def _sentinel(config: Mapping[str, Any]) -> Any:
+    """Return the preprocessing of SatMAE's Sentinel-2 weights; None for other bands than theirs.
+
+    A band is cut to two deviations about its mean and has 256 steps, as in the authors' code.
+    """
+    from jtl.data.bands import band_inputs
+
+    if any(config[name] != _SATMAE[name] for name in ("num_channels", "channel_groups")):
+        return None
+    low = [mean - 2 * std for mean, std in zip(*_SENTINEL, strict=True)]
+    span = [4 * std for std in _SENTINEL[1]]
+    size = pair(config["image_size"], "image_size")
+    return band_inputs(size, mean=low, std=span, steps=255)
+
+
+def _aerial(config: Mapping[str, Any]) -> Any:
+    """Return the preprocessing of fMoW's series of colour images, in bytes."""
+    from jtl.data.bands import band_inputs
+
+    if config["num_channels"] != 3:
+        return None
+    mean, std = ([255 * value for value in values] for values in _FMOW)
+    return band_inputs(pair(config["image_size"], "image_size"), mean=mean, std=std)
+
+
+def _stated_bands(config: Mapping[str, Any]) -> Any:
+    """Return the preprocessing that the config of Prithvi states, None where it states none."""
+    from jtl.data.bands import band_inputs
+
+    if any(len(config.get(name) or ()) != config["num_channels"] for name in ("mean", "std")):
+        return None
+    mean, std = ([float(value) for value in config[name]] for name in ("mean", "std"))
+    return band_inputs(None, mean=mean, std=std)  # it takes images of any size
+
+
 def _completed(defaults: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     return lambda config: {**defaults, **config}
 
@@ -219,12 +266,16 @@ SATMAE = Family(
     layout=_published,
     complete=_completed(_SATMAE),
     resize=positions_of("embeddings/pos_embed"),
+    inputs=_sentinel,
 )
 
 SATMAE_TEMPORAL = SATMAE._replace(
     model_type="satmae_temporal",
     complete=_completed(_TEMPORAL),
     channels=channels_of("embeddings/patch_embed/proj/kernel"),
+    inputs=_aerial,
 )
 
-PRITHVI = SATMAE_TEMPORAL._replace(model_type="prithvi", complete=_completed(_PRITHVI), resize=None)
+PRITHVI = SATMAE_TEMPORAL._replace(
+    model_type="prithvi", complete=_completed(_PRITHVI), resize=None, inputs=_stated_bands
+)
