@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_oracle as oracle
+from flax.traverse_util import flatten_dict
 from test_biovil import _published
 
 from jtl.models import export, load
@@ -213,3 +214,20 @@ def test_outputs_and_gradients_are_those_of_the_definition(theirs):
     named = types.SimpleNamespace(zero_grad=peer.zero_grad, named_parameters=lambda: names)
     without = {f"text_model.model.pooler.dense.{leaf}" for leaf in ("weight", "bias")}
     oracle.same_gradients(made, loss, named, scores.square().sum(), without=without)
+
+
+@pytest.mark.parity
+def test_names_of_the_published_size_of_swin():
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    with torch.device("meta"):
+        swin = transformers.SwinModel(transformers.SwinConfig())
+    peer = {"vision": swin}
+    theirs = {_name(peer, f"vision.{name}") for name in swin.state_dict()}
+    config = load.full_config(MEDCLIP, {"vision_config": {"model_type": "swin"}})
+    module = MEDCLIP.make(config, "image", jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), MEDCLIP.example(config))["params"]
+    own = flatten_dict(shapes["vision_model"]["model"], sep="/")
+    names = {torch_name(f"vision_model/model/{path}", MEDCLIP.rules)[0] for path in own}
+    assert names == theirs and len(names) == 219
