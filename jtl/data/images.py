@@ -73,7 +73,9 @@ class ImageInputs:
         if self.channels == 1:  # Pillow's "L" has no axis for its one channel
             opened = [np.asarray(image)[..., None] for image in opened]
         options = {"input_data_format": "channels_last"} if self.channels == 1 else {}
-        pixels = self.processor(opened, return_tensors="np", **options)["pixel_values"]
+        made = self.processor(opened, return_tensors="np", **options)
+        # The processor of IDEFICS gives the pixels alone.
+        pixels = made["pixel_values"] if isinstance(made, Mapping) else np.asarray(made)
         return {"pixel_values": np.ascontiguousarray(np.moveaxis(pixels, 1, -1), np.float32)}
 
     def save(self, folder: str | Path) -> None:

@@ -13,6 +13,7 @@ from jtl.models import export, load
 from jtl.models.backbone import UNUSED, column
 from jtl.models.families.flamingo import IDEFICS, idefics_config
 from jtl.models.heads.decoupled import Decoupled
+from jtl.models.inputs import load_inputs
 from jtl.models.layers.decoupled_embedding import DecoupledEmbedding
 from jtl.models.load_head import load_head
 from jtl.models.model import attach
@@ -161,6 +162,23 @@ def test_tokens_of_two_tables():
     kernels = {"kernel": jnp.array([[1.0, 2.0]]), "additional_fc": {"kernel": jnp.array([[5.0]])}}
     logits = head.apply({"params": kernels}, {"tokens": jnp.array([[[2.0]]])}, {})
     assert logits.ravel().tolist() == [2.0, 4.0, 10.0]
+
+
+def test_inputs_of_a_published_folder(made, tmp_path):
+    stated = dict(image_processor_type="IdeficsImageProcessor", image_size=8)
+    stated |= dict(image_mean=[0.5] * 3, image_std=[0.25] * 3, image_num_channels=3)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    inputs = load_inputs(tmp_path, "image_text", made.config)
+    made_of = inputs(images=[np.full((20, 30, 3), 255, np.uint8)])
+    np.testing.assert_allclose(made_of["pixel_values"], np.full((1, 8, 8, 3), 2.0), atol=1e-6)
+    words = {"input_ids": np.full((1, 3), 5, np.int32)}
+    assert made({**words, **made_of})["pooled"].shape == (1, 16)
+
+
+def test_other_image_sizes_interpolate_the_positions(made):
+    params, config = IDEFICS.resize(made.params, made.config, (12, 8))
+    table = params["vision_model"]["embeddings"]["position_embedding"]["embedding"]
+    assert table.shape == (1 + 3 * 2, 12) and config["vision_config"]["image_size"] == [12, 8]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """OpenFlamingo on LLaMA: its file, what a word reads; parity with a small PyTorch model of it."""
 
+import json
 import types
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_oracle as oracle
+from flax.traverse_util import flatten_dict
 
 from jtl.models import load
 from jtl.models.families.open_flamingo import OPENFLAMINGO, load_openflamingo
@@ -216,6 +218,27 @@ def _peer(torch, folder):
     return peer.eval(), forward
 
 
+def test_shapes_at_the_published_size():
+    """Of OpenFlamingo-9B: LLaMA-7B and CLIP ViT-L/14; the shapes are those of its file."""
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
+    vision |= dict(num_hidden_layers=24, patch_size=14, image_size=224)
+    config = load.full_config(OPENFLAMINGO, dict(text_config={}, vision_config=vision))
+    module = OPENFLAMINGO.make(config, "last", jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), OPENFLAMINGO.example(config))
+    flat = {path: leaf.shape for path, leaf in flatten_dict(shapes["params"], sep="/").items()}
+    crossed = {path.split("/")[1] for path in flat if path.startswith("gated_cross")}
+    assert crossed == {str(i) for i in range(8)}
+    cross, resampler = "gated_cross_attn_layers/7", "perceiver_resampler"
+    assert flat[f"{cross}/cross_attn/q_proj/kernel"] == (4096, 512)
+    assert flat[f"{cross}/cross_attn/k_proj/kernel"] == (1024, 512)
+    assert flat[f"{cross}/cross_attn/o_proj/kernel"] == (512, 4096)
+    assert flat[f"{cross}/mlp/c_fc/kernel"] == (4096, 16384)
+    assert flat[f"{cross}/post_attention_layernorm/bias"] == (4096,)
+    assert flat[f"{resampler}/latents"] == (64, 1024)
+    assert flat[f"{resampler}/blocks/5/0/q_proj/kernel"] == (1024, 512)
+    assert flat["embed_tokens/embedding"] == (32003, 4096)
+
+
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     torch = pytest.importorskip("torch")
@@ -265,6 +288,36 @@ def test_gradients_of_every_parameter_are_those_of_the_pytorch_model(theirs):
     unread = ("post_layernorm", "lm_head")
     without = {n for n, _ in peer.named_parameters() if any(part in n for part in unread)}
     oracle.same_gradients(made, loss, peer, (tokens * torch.tensor(weight)).sum(), without=without)
+
+
+def _write_inputs(folder):
+    """Write a tokenizer of the language model's 31 words and an image processor of CLIP's."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = {**{f"w{i}": i for i in range(30)}, "<unk>": 30}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="w2", model_max_length=16
+    )
+    made.save_pretrained(folder / "language")
+    stated = dict(image_processor_type="CLIPImageProcessor", size=dict(shortest_edge=8))
+    stated["crop_size"] = dict(height=8, width=8)
+    (folder / "vision" / "preprocessor_config.json").write_text(json.dumps(stated))
+
+
+@pytest.mark.parity
+def test_inputs_of_both_folders_make_a_batch(theirs):
+    _, _, folder, _, _ = theirs
+    _write_inputs(folder)
+    made = load_openflamingo(
+        folder / "checkpoint.pt", language=folder / "language", vision=folder / "vision"
+    )
+    texts = ["<image> w5 w6 <|endofchunk|>", "w7 <image>"]
+    batch = made.inputs(texts=texts, images=[np.zeros((20, 30, 3), np.uint8)] * 2)
+    assert batch["input_ids"].tolist() == [[32, 5, 6, 31], [7, 32, 2, 2]]
+    assert made(batch)["pooled"].shape == (2, 16)
 
 
 @pytest.mark.parity

@@ -242,7 +242,7 @@ class Flamingo(nn.Module):
             name = str(config.crossed.index(layer))
             seen = None if images is None else self._seen(images, words, batch)
             words = self.gated_cross_attn_layers(name, words, images, seen, live)
-        counted = _counted(batch) if config.counted else {}
+        counted = positions_of_real(batch) if config.counted else {}
         return self.layers(layer, words, {**batch, **counted}, live)
 
     def _seen(self, images: jax.Array, words: jax.Array, batch: Batch) -> Seen | None:
@@ -294,8 +294,12 @@ def _no_images(batch: Batch) -> None:
         )
 
 
-def _counted(batch: Batch) -> dict[str, jax.Array]:
-    """Return positions from the first real token, 1 at padding, where the batch has none."""
+def positions_of_real(batch: Batch) -> dict[str, jax.Array]:
+    """Return positions from the first real token, 1 at padding, where the batch has none.
+
+    >>> positions_of_real({"attention_mask": jnp.array([[0, 0, 1, 1]])})["position_ids"].tolist()
+    [[1, 1, 0, 1]]
+    """
     if batch.get("position_ids") is not None or batch.get("attention_mask") is None:
         return {}
     mask = jnp.asarray(batch["attention_mask"]).astype(jnp.int32)
