@@ -22,7 +22,7 @@ class Model:
     only where there are running statistics, and under "heads" only the heads that have some; it is
     `{}` where nothing has any. The backbone's leaves bear the labels of their stages, a head's
     leaves the head's own name; statistics belong to the label of the module that they are of.
-    `remat` is set by `computing`.
+    `remat` and `hold_statistics` are set by `computing`.
     """
 
     backbone: Backbone
@@ -30,6 +30,7 @@ class Model:
     params: dict[str, Any]
     stats: dict[str, Any]
     remat: bool = False
+    hold_statistics: bool = False
 
     @property
     def rules(self) -> tuple[tuple[str, str], ...]:
@@ -76,19 +77,27 @@ class Model:
         own = variables(params["backbone"], body)
         module, rngs = self.backbone.module, _rngs(keys[0])
         if self.remat:
-            out, moved = remat.apply(module, self.labels["backbone"], own, batch, live, rngs)
+            labels = self.labels["backbone"]
+            out, moved = remat.apply(
+                module, labels, own, batch, live, rngs, hold_statistics=self.hold_statistics
+            )
         else:
-            out, moved = module.apply(own, batch, live, rngs=rngs, mutable=_mutable(body))
+            out, moved = module.apply(own, batch, live, rngs=rngs, mutable=self._mutable(body))
         out, after = dict(out), {}
         tied = any(head.tied for head in self.heads.values())
         seen = {**out, "table": self._table(params)} if tied else dict(out)
         for (name, head), head_key in zip(self.heads.items(), keys[1:], strict=True):
             running = kept.get(name, {})
             args = (variables(params["heads"][name], running), seen, batch, name in live)
-            options: Any = dict(rngs=_rngs(head_key), mutable=_mutable(running))
+            options: Any = dict(rngs=_rngs(head_key), mutable=self._mutable(running))
             out[name], after[name] = head.apply(*args, **options)
+        if self.hold_statistics:
+            return out, stats
         after = {name: after[name]["batch_stats"] for name in kept}
         return out, _stats(moved["batch_stats"] if body else {}, after)
+
+    def _mutable(self, stats: Any) -> list[str]:
+        return ["batch_stats"] if stats and not self.hold_statistics else []
 
     def _table(self, params: Any) -> jax.Array:
         leaf = params["backbone"]
@@ -135,7 +144,9 @@ class Model:
         out, _ = self.apply(params, stats, batch)
         return next((name for name in self.heads if not _finite(out[name])), None)
 
-    def computing(self, dtype: Any = None, *, remat: bool | None = None) -> "Model":
+    def computing(
+        self, dtype: Any = None, *, remat: bool | None = None, hold_statistics: bool | None = None
+    ) -> "Model":
         """Return the model with another way to compute; parameters and statistics stay float32.
 
         Whatever the dtype, the softmax, the statistics of the norms, the mean over tokens, the sums
@@ -147,19 +158,23 @@ class Model:
                 keeping it: less memory for one more forward pass of the blocks that it reaches,
                 and the same numbers. Held blocks below the lowest live one run once. None leaves
                 it.
+            hold_statistics: whether BatchNorm normalises by its stored statistics in live stages
+                too, and they stay: for small batches, or data unlike those of the checkpoint. None
+                leaves it.
 
         Raises:
             ValueError: another dtype.
         """
-        remat = self.remat if remat is None else remat
+        held = self.hold_statistics if hold_statistics is None else hold_statistics
+        how = dict(remat=self.remat if remat is None else remat, hold_statistics=held)
         if dtype is None:
-            return dataclasses.replace(self, remat=remat)
+            return dataclasses.replace(self, **how)
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
             raise ValueError(
                 f"dtype is {jnp.dtype(dtype).name}; models compute in float32 or bfloat16 "
                 "(float16 would need its losses scaled); give one of the two"
             )
-        return dataclasses.replace(self._with(dtype=jnp.dtype(dtype)), remat=remat)
+        return dataclasses.replace(self._with(dtype=jnp.dtype(dtype)), **how)
 
     def on_axis(self, axis_name: str) -> "Model":
         """Return the model with BatchNorm statistics taken over the devices of a pmapped axis."""
@@ -286,10 +301,6 @@ def add_head(model: Model, name: str, head: Any, *, key: jax.Array) -> Model:
 def _stats(backbone: Any, heads: Any) -> dict[str, Any]:
     """Return the branches that hold anything."""
     return {name: tree for name, tree in (("backbone", backbone), ("heads", heads)) if tree}
-
-
-def _mutable(stats: Any) -> list[str]:
-    return ["batch_stats"] if stats else []
 
 
 def _has_axis(module: Any) -> bool:

@@ -60,6 +60,8 @@ def apply(
     batch: Batch,
     live: frozenset[str],
     rngs: Any,
+    *,
+    hold_statistics: bool = False,
 ) -> tuple[Any, Any]:
     """Return `(out, moved)` as `module.apply` does, each block that a gradient reaches `again`.
 
@@ -72,6 +74,7 @@ def apply(
         batch: raw columns, or the column of a border.
         live: labels of the stages that run in training mode.
         rngs: Linen's; dropout draws what it draws without rematerialisation.
+        hold_statistics: whether the statistics stay as they are.
     """
     names = stages.stage_labels(module.blocks)
     params = variables["params"]
@@ -80,7 +83,9 @@ def apply(
 
     def run(params: Any, stats: Any, batch: Batch, live: frozenset[str], stop: int | None) -> Any:
         own = {"params": params, **stats}
-        return module.apply(own, batch, live, stop, rngs=rngs, mutable=list(stats))
+        mutable = [] if hold_statistics else list(stats)
+        out, moved = module.apply(own, batch, live, stop, rngs=rngs, mutable=mutable)
+        return out, stats if hold_statistics else moved
 
     first = max(1, lowest, stages.given(batch, module.blocks))
     if first > module.blocks:

@@ -64,6 +64,7 @@ def find_rate(
     columns_folder: str | None = None,
     dtype: str | None = None,
     remat: bool = False,
+    hold_statistics: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -99,6 +100,7 @@ def find_rate(
         columns_folder: of these columns.
         dtype: of the computation; None is the backbone's own.
         remat: compute the inside of each block again in the backward pass.
+        hold_statistics: BatchNorm keeps its stored statistics in live blocks too.
         seed: of order, dropout and fresh weights.
         overwrite: sweep anew where a sweep lies.
         config: what `config.json` shows; None shows the options given here.
@@ -133,6 +135,7 @@ def find_rate(
         "seed": seed,
         "dtype": dtype,
         "remat": remat,
+        "hold_statistics": hold_statistics,
         "phase": phase,
         **sweeping,
         **settings._replace(optimizer="given" if optimizer else "adamw")._asdict(),
@@ -145,7 +148,8 @@ def find_rate(
     keep_freed_memory()
     job_task = task(data["train"])
     model = attached(start, head, job_task, seed, classes=classes)
-    model = model.computing(dtype, remat=remat or None)
+    how: Any = dict(remat=remat or None, hold_statistics=hold_statistics or None)
+    model = model.computing(dtype, **how)
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     phases = list(plan(model.groups, (head,)))

@@ -61,6 +61,7 @@ def fine_tune(
     shares_every: int | None = 50,
     dtype: str | None = None,
     remat: bool = False,
+    hold_statistics: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -98,6 +99,8 @@ def fine_tune(
         dtype: of the computation, "float32" or "bfloat16"; parameters, optimizer and losses stay
             float32. None is the backbone's own.
         remat: compute the inside of each block again in the backward pass, to save memory.
+        hold_statistics: BatchNorm keeps its stored statistics in live blocks too, for small batches
+            or data unlike those of the checkpoint.
         seed: of order, dropout and fresh weights.
         overwrite: train anew where a finished run lies.
         config: what `config.json` and `result.json` show; None shows the options given here.
@@ -114,7 +117,8 @@ def fine_tune(
     start, classes = opened(backbone)
     check_sources(data)
     options = {"head": head, "buckets": buckets, "max_length": max_length, "seed": seed}
-    options |= {"dtype": dtype, "remat": remat, "optimizer": "given" if optimizer else "adamw"}
+    options |= {"dtype": dtype, "remat": remat, "hold_statistics": hold_statistics}
+    options |= {"optimizer": "given" if optimizer else "adamw"}
     calls = {"task": task, "plan": plan, "penalties": penalties, "retain": retain}
     shown = described("fine_tune", start, data, settings, options, calls=calls)
     run = record.open_run(folder, config=config or shown, overwrite=overwrite)
@@ -125,7 +129,8 @@ def fine_tune(
     keep_freed_memory()
     job_task = task(data["train"])
     model = attached(start, head, job_task, seed, classes=classes)
-    model = model.computing(dtype, remat=remat or None)
+    how: Any = dict(remat=remat or None, hold_statistics=hold_statistics or None)
+    model = model.computing(dtype, **how)
     console.loaded(model.backbone.source, model.backbone.report)
     datasets = make_datasets(model, data, buckets=buckets, max_length=max_length)
     job = Job(model, head, job_task, datasets, list(plan(model.groups, (head,))), seed)

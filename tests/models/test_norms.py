@@ -190,3 +190,11 @@ def test_values_statistics_and_gradients_are_those_of_pytorch(shape):
     close(dx.transpose(last), theirs_x.grad.numpy(), atol=1e-4)
     close(grads["scale"], peer.weight.grad.numpy(), atol=1e-4)
     close(grads["bias"], peer.bias.grad.numpy(), atol=1e-4)
+
+
+def test_a_live_norm_whose_statistics_may_not_move_normalises_by_those_stored():
+    x = jnp.array([[1.0], [3.0]])
+    stored = {"mean": jnp.array([1.0]), "var": jnp.array([4.0])}
+    own = {"params": {"scale": jnp.ones(1), "bias": jnp.zeros(1)}, "batch_stats": stored}
+    out = BatchNorm(epsilon=0.0).apply(own, x, None, True)
+    np.testing.assert_allclose(out, [[0.0], [1.0]], atol=1e-6)

@@ -155,3 +155,28 @@ def test_again_by_hand():
     assert float(value) == pytest.approx(np.sin(1.0)) and float(stats["seen"]) == 3.0
     assert float(gradients[0]) == pytest.approx(2 * np.cos(1.0))
     np.testing.assert_allclose(gradients[1], [0.5, 0.5 * np.cos(1.0)], rtol=1e-6)
+
+
+def test_held_statistics_stay_in_live_blocks_and_normalise_them():
+    model, batch = _case("resnet")
+    live = frozenset({*model.groups, "head"})
+    key, found = jax.random.key(2), []
+    for again_ in (False, True):
+        held = model.computing(remat=again_, hold_statistics=True)
+        (loss, stats), gradient = _gradient(held, live)(held.params, held.stats, batch, key)
+        jax.tree.map(np.testing.assert_array_equal, stats, model.stats)
+        found.append((loss, gradient))
+    (loss, gradient), again_ = found
+    np.testing.assert_allclose(again_[0], loss, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3 * (1 + np.abs(a).max())),
+        gradient,
+        again_[1],
+    )
+    # Dropout aside, the numbers are those of evaluation mode, which batch moments are not.
+    bare = attach(model.backbone, {"head": Linear(3)}, key=jax.random.key(1))
+    stored, _ = bare.apply(bare.params, bare.stats, batch)
+    out, _ = bare.computing(hold_statistics=True).apply(bare.params, bare.stats, batch, live=live)
+    np.testing.assert_allclose(out["head"], stored["head"], atol=1e-5)
+    moved, _ = bare.apply(bare.params, bare.stats, batch, live=live)
+    assert float(jnp.abs(moved["head"] - stored["head"]).max()) > 1e-3

@@ -91,7 +91,8 @@ def batch_moments(
 class BatchNorm(nn.Module):
     """Normalise each channel: params scale and bias, batch_stats mean and var, all float32.
 
-    Where live, by the moments of the real rows, and the running statistics move by
+    Where live and the running statistics may move (`batch_stats` is mutable), by the moments of the
+    real rows, and the statistics move by
     `new = (1 - momentum) old + momentum batch`, with the unbiased variance, as PyTorch does. Where
     not live, by the running statistics, which stay as they are. A live batch without any real row
     is treated as one that is not live.
@@ -126,14 +127,14 @@ class BatchNorm(nn.Module):
         stored_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         stored_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         mean, var = stored_mean.value, stored_var.value
-        if live and not self.is_initializing():
+        moving = self.is_mutable_collection("batch_stats") and not self.is_initializing()
+        if live and moving:
             self._check(x)
             batch_mean, batch_var, count = batch_moments(x, mask, axis_name=self.axis_name)
             unbiased = batch_var * count / jnp.maximum(count - 1.0, 1.0)
             rate = jnp.where(count > 0, self.momentum, 0.0)
-            if self.is_mutable_collection("batch_stats"):
-                stored_mean.value = (1.0 - rate) * mean + rate * jax.lax.stop_gradient(batch_mean)
-                stored_var.value = (1.0 - rate) * var + rate * jax.lax.stop_gradient(unbiased)
+            stored_mean.value = (1.0 - rate) * mean + rate * jax.lax.stop_gradient(batch_mean)
+            stored_var.value = (1.0 - rate) * var + rate * jax.lax.stop_gradient(unbiased)
             mean = jnp.where(count > 0, batch_mean, mean)
             var = jnp.where(count > 0, batch_var, var)
         lead = (1,) * (x.ndim - 1)
