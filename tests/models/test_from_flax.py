@@ -1,7 +1,7 @@
 """Flax models of transformers 4 as backbones: in memory and from their msgpack files, same outputs.
 
-They run in an environment of their own, with transformers 4.57: `pytest -m flax`. FlaxT5Model is not
-among them: it calls `jnp.clip` by an argument that JAX no longer has.
+They run in an environment of their own, with transformers 4.57: `pytest -m flax`. FlaxT5Model is
+not among them: it calls `jnp.clip` by an argument that JAX no longer has.
 """
 
 import jax
