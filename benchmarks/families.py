@@ -1,12 +1,13 @@
 """What was shown of each model family: the table of the README, from tests that run now.
 
-    python -m benchmarks.families                    # all families; an hour on 2 cores
-    python -m benchmarks.families --only bert vit
-    python -m benchmarks.families --write README.md  # and put the table into its place there
+    pytest -m parity --junitxml=parity.xml                              # extra `parity`
+    python -m benchmarks.families --report parity.xml                   # the table
+    python -m benchmarks.families --report parity.xml --write README.md # into its place there
+    python -m benchmarks.families --only bert vit                       # runs the tests of these
 
-For each file of `jtl/models/families/` the parity tests of the family run (extra `parity`), and the
-known answers of real weights where a package carries some (`benchmarks.known_answers`; fetched once
-with a network). One JSON line a family: tests passed and failed, known answers right and wrong.
+For each file of `jtl/models/families/` the parity tests of the family count, and the known answers
+of real weights where a package carries some (`benchmarks.known_answers`; fetched once with a
+network). One JSON line a family: tests passed and failed, known answers right and wrong.
 
     parity        a random model of transformers on PyTorch, through its folder: every hidden state,
                   the outputs of heads, the gradient of every parameter, and back again
@@ -95,13 +96,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=sorted(ROWS), default=list(ROWS))
+    parser.add_argument("--report", help="what a run of the parity tests wrote; else they run")
     parser.add_argument("--json", help="file to which the rows are added")
     parser.add_argument("--write", help="a Markdown file; the table goes between its marks")
     options = parser.parse_args()
     found = []
     for name in options.only:
         measure.say(f"== {name}")
-        found.append(shown(name))
+        found.append(shown(name, options.report))
         measure.emit(found[-1], options.json)
     headers = ("family", "model_type", "checkpoints", "shown")
     body = [(row["family"], ", ".join(row["model_types"]), row["checkpoints"], words(row))
@@ -113,10 +115,10 @@ def main() -> None:
         sys.exit("families: something that the table says did not hold")
 
 
-def shown(name: str) -> dict[str, Any]:
-    """Run what is to be shown of a family; return its row."""
+def shown(name: str, report: str | None = None) -> dict[str, Any]:
+    """Return the row of a family, from a report of tests, or from tests that run now."""
     row = ROWS[name]
-    passed, failed = _tests(row.tests)
+    passed, failed = _run(row.tests) if report is None else counted(report, row.tests)
     answers = {answer: _answers(answer) for answer in row.answers}
     return {
         "benchmark": "families",
@@ -148,8 +150,8 @@ def words(row: dict[str, Any]) -> str:
     return ", ".join(kinds + (["real weights"] if row["answers_right"] else []))
 
 
-def _tests(names: Sequence[str]) -> tuple[int, int]:
-    """Return how many parity tests of these files pass and fail."""
+def _run(names: Sequence[str]) -> tuple[int, int]:
+    """Run the parity tests of these files; return how many pass and fail."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", "parity"]
@@ -160,13 +162,19 @@ def _tests(names: Sequence[str]) -> tuple[int, int]:
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
             check=False,
         )
-        if not report.exists():
-            return 0, 1
-        suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    total, bad = int(suite.get("tests", 0)), int(suite.get("failures", 0))
-    bad += int(suite.get("errors", 0))
-    return total - bad - int(suite.get("skipped", 0)), bad
+        return counted(report, names) if report.exists() else (0, 1)
+
+
+def counted(report: str | pathlib.Path, names: Sequence[str]) -> tuple[int, int]:
+    """Return how many tests of these files passed and failed, by a JUnit report."""
+    cases = [
+        case
+        for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase")
+        if any(part in names for part in case.get("classname", "").split("."))
+    ]
+    bad = sum(any(case.find(kind) is not None for kind in ("failure", "error")) for case in cases)
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return len(cases) - bad - skipped, bad
 
 
 def _answers(name: str) -> bool:

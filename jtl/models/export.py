@@ -241,8 +241,9 @@ def _config(
 def _padding(model: Model) -> dict[str, Any]:
     """Return the padding token, which decoders' configs do not state and their classes ask for."""
     tokenizer = getattr(model.backbone.inputs, "tokenizer", None)
-    known = "pad_token_id" in model.backbone.config and tokenizer is not None
-    return {"pad_token_id": tokenizer.pad_token_id} if known else {}
+    if tokenizer is None or "pad_token_id" not in model.backbone.config:
+        return {}
+    return {"pad_token_id": tokenizer.pad_token_id}
 
 
 def _extra(

@@ -66,8 +66,8 @@ def family_of(config: Mapping[str, Any]) -> Any:
     >>> family_of({"model_type": "t5", "architectures": ["T5EncoderModel"]})
     't5_encoder'
     """
-    stated = config.get("architectures") or [None]
-    return CLASSES.get(stated[0], config.get("model_type"))
+    stated = config.get("architectures") or [""]
+    return CLASSES.get(str(stated[0]), config.get("model_type"))
 
 
 def recognised(config: Mapping[str, Any]) -> dict[str, Any] | None:

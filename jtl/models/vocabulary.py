@@ -122,7 +122,7 @@ def _kept(old: Any, new: Any) -> list[bool]:
 
 def _backbone(backbone: Backbone, tokenizer: Any, pieces: Pieces, known: int) -> Backbone:
     family = backbone.family
-    flat = flatten_dict(backbone.params, sep="/")
+    flat: Any = flatten_dict(backbone.params, sep="/")
     flat[family.table] = new_rows(flat[family.table], pieces, known)
     special = {
         name: getattr(tokenizer, name)

@@ -87,9 +87,8 @@ class _Embeddings(nn.Module):
         config, inner = self.config, self.config.encoder
         width, scale = inner.hidden_size, inner.initializer_range
         init = nn.initializers.truncated_normal(scale)
-        old, new = (
-            grid(size, config.patch_size) for size in (config.image_size, images.shape[1:3])
-        )
+        sides = (config.image_size, images.shape[1:3])
+        old, new = ((h, w) for h, w in (grid(size, config.patch_size) for size in sides))
         first = self.param("cls_token", init, (1, 1, width))
         places = self.param("position_embeddings", init, (1, old[0] * old[1] + 1, width))
         if config.use_mask_token:

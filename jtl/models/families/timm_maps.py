@@ -82,7 +82,7 @@ def _convnext(name: str) -> dict[str, Any] | None:
 
 def _swin(name: str) -> dict[str, Any] | None:
     kind, size, *rest = (*name.split("_"), "", "")
-    ends = {("patch4", "window7", "224"): (7, 224), ("patch4", "window12", "384"): (12, 384)}
+    ends: Any = {("patch4", "window7", "224"): (7, 224), ("patch4", "window12", "384"): (12, 384)}
     window, side = ends.get(tuple(rest[:3]), (0, 0))
     if kind != "swin" or size not in _SWINS or not window:
         return None
