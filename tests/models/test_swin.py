@@ -186,9 +186,9 @@ def test_published_layouts_load(tmp_path, timm):
     np.testing.assert_array_equal(params["classifier"]["kernel"], head.T)
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("swin")
+@pytest.fixture
+def pair(tmp_path):  # each test its own: a small map turns the peer's shifts off for good
+    folder = tmp_path
     peer = oracle.peer("SwinForImageClassification", folder, **CONFIG, num_labels=5)
     return peer, load.load_backbone(folder), folder
 
