@@ -140,12 +140,12 @@ def words(row: dict[str, Any]) -> str:
     >>> words(row), words({**row, "oracle": False}), words({**row, "answers_right": ["minilm"]})
     ('parity', 'layout', 'parity, real weights')
     >>> words({**row, "failed": 2}), words({**row, "passed": 0})
-    ('2 tests fail', 'nothing')
+    ('2 tests fail', 'trained from scratch here')
     """
     if row["failed"] or row["answers_wrong"]:
         return f"{row['failed'] + len(row['answers_wrong'])} tests fail"
     if not row["passed"]:
-        return "nothing"
+        return "trained from scratch here"
     kinds = ["parity" if row["oracle"] else "layout"]
     return ", ".join(kinds + (["real weights"] if row["answers_right"] else []))
 
