@@ -38,7 +38,7 @@ def load_backbone(
     key: jax.Array | None = None,
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
-    new_channels: resize.NewChannels = "repeat",
+    new_channels: str = "repeat",
     allow_fresh: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
 ) -> Backbone:
@@ -69,6 +69,7 @@ def load_backbone(
         ValueError: there is no such checkpoint, it is damaged, of a family that is not built here,
             or does not fit; `weights.check` says how the last can be excused.
     """
+    dtype, param_dtype = _floats("dtype", dtype), _floats("param_dtype", param_dtype)
     checkpoint, row, config = opened(name, family=family, config=config)
     name = str(checkpoint.folder) if isinstance(name, Checkpoint) else str(name)
     pooling = _pooling(row, pooling or _stated_pooling(checkpoint, row))
@@ -274,6 +275,17 @@ def _skeleton(
 
     params = jax.tree.map(kept, shapes["params"])
     return module, {"params": params, "stats": shapes.get("batch_stats", {})}
+
+
+def _floats(name: str, dtype: Any) -> Any:
+    """Return a float dtype by its name, or as it is."""
+    try:
+        made = jnp.dtype(dtype)
+    except TypeError:
+        made = None
+    if made is None or not jnp.issubdtype(made, jnp.floating):
+        raise ValueError(f"{name} is {dtype!r}, no float type; give 'float32' or 'bfloat16'")
+    return made
 
 
 def _filled(

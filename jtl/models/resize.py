@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jtl.models.layers.channels import NewChannels, adapt_channels
+from jtl.models.layers.channels import adapt_channels
 from jtl.models.layers.interpolate import interpolate_positions
 from jtl.models.layers.patches import grid, pair
 
 Changed = tuple[dict[str, Any], dict[str, Any]]
 Resize = Callable[[Mapping[str, Any], Mapping[str, Any], tuple[int, int]], Changed]
-Channels = Callable[[Mapping[str, Any], Mapping[str, Any], int, NewChannels], Changed]
+Channels = Callable[[Mapping[str, Any], Mapping[str, Any], int, str], Changed]
 
 
 def positions_of(path: str, *, part: str = "", antialias: bool = False) -> Resize:
@@ -65,7 +65,7 @@ def channels_of(*paths: str, part: str = "") -> Channels:
     """
 
     def change(
-        params: Mapping[str, Any], config: Mapping[str, Any], channels: int, new: NewChannels
+        params: Mapping[str, Any], config: Mapping[str, Any], channels: int, new: str
     ) -> Changed:
         flat: Any = flatten_dict(params, sep="/")
         flat |= {path: adapt_channels(flat[path], channels, new) for path in paths}
@@ -81,7 +81,7 @@ def adapted(
     *,
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
-    new_channels: NewChannels = "repeat",
+    new_channels: str = "repeat",
     place: Callable[[str, np.ndarray], jax.Array] | None = None,
 ) -> Changed:
     """Return params and config for images of another size and of other channels.

@@ -332,7 +332,6 @@ def test_other_towers_of_open_clip_are_refused(tower, field, value):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("clip")
     return oracle.peer("CLIPModel", folder, **BOTH), folder, load.load_backbone(folder)
 
@@ -409,7 +408,6 @@ def test_gradients_of_every_parameter_are_those_of_transformers(theirs):
 
 @pytest.mark.parity
 def test_the_first_configs_end_a_text_at_its_largest_token(tmp_path):
-    pytest.importorskip("torch")
     old = {**BOTH, "text_config": {**TEXT, "eos_token_id": 2}}
     peer = oracle.peer("CLIPModel", tmp_path, **old)
     batch = _batch(4, 6)
@@ -475,7 +473,6 @@ def test_bfloat16_is_near(theirs):
 
 @pytest.mark.parity
 def test_names_and_shapes_are_those_of_the_published_models():
-    pytest.importorskip("torch")
     base = dict(projection_dim=512)
     assert oracle.names_agree("CLIPModel", "clip", **base) == 398
     large = dict(

@@ -126,7 +126,8 @@ def test_every_leaf_of_the_decoder_has_a_gradient():
 @pytest.mark.parity
 @pytest.mark.parametrize("scale", [1, 3, 14])
 def test_growing_is_pytorchs(scale):
-    torch = pytest.importorskip("torch")
+    import torch
+
     maps = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
     params = {"params": _params(4, 4, jnp.eye(4))}
     made = DenseMap(4, scale=scale).apply(params, {"map": jnp.asarray(maps)}, {})

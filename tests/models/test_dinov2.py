@@ -193,7 +193,6 @@ def test_the_authors_files_are_read(model_type, tmp_path):
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def pair(request, tmp_path_factory):
     """A model of transformers with its head, and ours from its folder."""
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp(request.param)
     labels = {"id2label": {i: str(i) for i in range(5)}}
     peer = oracle.peer(CLASSES[request.param], folder, **CONFIGS[request.param], **labels)
@@ -261,7 +260,6 @@ def test_bfloat16_is_near_float32(pair):
 
 @pytest.mark.parity
 def test_names_at_real_sizes_are_those_of_transformers():
-    pytest.importorskip("torch")
     assert oracle.names_agree("Dinov2Model", "dinov2", **RAD_DINO) == 4 + 1 + 12 * 18 + 2
     with_registers = {**RAD_DINO, "use_swiglu_ffn": True, "num_register_tokens": 4}
     found = oracle.names_agree(
@@ -274,7 +272,8 @@ def test_names_at_real_sizes_are_those_of_transformers():
 @pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("new", [(5, 7), (3, 2), (12, 4), (9, 9), (1, 20)])
 def test_interpolation_is_that_of_torch(antialias, new):
-    torch = pytest.importorskip("torch")
+    import torch
+
     table = np.random.default_rng(0).normal(size=(1, 1 + 6 * 5, 4)).astype(np.float32)
     maps = torch.tensor(table[:, 1:].reshape(1, 6, 5, 4).transpose(0, 3, 1, 2))
     for corners in (False,) if antialias else (False, True):

@@ -199,7 +199,6 @@ def test_config_errors(changes, message):
 
 @pytest.fixture(scope="module", params=[WITH, WITHOUT], ids=["resampler", "no resampler"])
 def theirs(request, tmp_path_factory):
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("idefics")
     peer = oracle.peer("IdeficsForVisionText2Text", folder, **request.param)
     return peer, folder, load.load_backbone(folder)
@@ -297,7 +296,6 @@ def test_half_precision_is_near(theirs):
 
 @pytest.mark.parity
 def test_names_and_shapes_are_those_of_the_published_model():
-    pytest.importorskip("torch")
     vision = dict(embed_dim=1280, image_size=224, intermediate_size=5120, num_hidden_layers=32)
     config = dict(
         vision_config=dict(vision, patch_size=14, num_attention_heads=16),

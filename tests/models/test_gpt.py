@@ -226,7 +226,6 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
-    pytest.importorskip("torch")
     name, changes = KINDS[request.param]
     folder = tmp_path_factory.mktemp("gpt")
     return peer(name, folder, **{**CONFIG, **changes}), load.load_backbone(folder)
@@ -279,7 +278,6 @@ def test_bfloat16_stays_near_transformers(pair):
     ],
 )
 def test_heads_are_those_of_transformers(tmp_path, name, kind, auto):
-    pytest.importorskip("torch")
     theirs = peer(name, tmp_path / "a", **CONFIG, num_labels=5)
     batch = batch_of(right=2, left=3)
     model = same_head(tmp_path / "a", theirs, kind, batch)
@@ -307,7 +305,6 @@ def test_heads_are_those_of_transformers(tmp_path, name, kind, auto):
     ],
 )
 def test_names_are_those_of_the_published_sizes(name, model_type, config):
-    pytest.importorskip("torch")
     per_block = len(_BLOCK)
     blocks = config.get("n_layer", 12)
     assert names_and_shapes_agree(name, model_type, **config) == 4 + per_block * blocks
@@ -315,7 +312,8 @@ def test_names_are_those_of_the_published_sizes(name, model_type, config):
 
 @pytest.mark.parity
 def test_buffers_of_old_files_are_no_surprise(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     theirs = peer("GPT2Model", tmp_path, **CONFIG)
     state = {**theirs.state_dict(), "h.0.attn.bias": torch.ones(1, 1, 16, 16)}
     state["h.1.attn.masked_bias"] = torch.tensor(-1e4)

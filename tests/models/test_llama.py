@@ -253,7 +253,6 @@ ROPES = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
-    pytest.importorskip("torch")
     name, changes = KINDS[request.param]
     folder = tmp_path_factory.mktemp("llama")
     return peer(name, folder, **{**CONFIG, **changes}), load.load_backbone(folder)
@@ -285,7 +284,6 @@ def test_bfloat16_stays_near_transformers(pair):
 @pytest.mark.parity
 @pytest.mark.parametrize("kind", ROPES)
 def test_rope_is_that_of_transformers(tmp_path, kind):
-    pytest.importorskip("torch")
     scaling = {"rope_type": kind, "rope_theta": 500.0, **ROPES[kind]}
     changes = dict(num_hidden_layers=1, max_position_embeddings=16, rope_parameters=scaling)
     theirs = peer("LlamaModel", tmp_path, **{**CONFIG, **changes})
@@ -297,7 +295,6 @@ def test_rope_is_that_of_transformers(tmp_path, kind):
 
 @pytest.mark.parity
 def test_rope_with_positions_beyond_its_length(tmp_path):
-    pytest.importorskip("torch")
     scaling = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 3.0}
     changes = dict(num_hidden_layers=1, max_position_embeddings=16, rope_parameters=scaling)
     theirs = peer("LlamaModel", tmp_path, **{**CONFIG, **changes})
@@ -319,7 +316,6 @@ def test_rope_with_positions_beyond_its_length(tmp_path):
     ],
 )
 def test_heads_are_those_of_transformers(tmp_path, classes, kind, what):
-    pytest.importorskip("torch")
     one = {**CONFIG, "num_hidden_layers": 1, "num_labels": 5}
     theirs = peer(f"{classes}For{what}", tmp_path / "a", **one)
     batch = batch_of(right=2, left=3)
@@ -329,7 +325,6 @@ def test_heads_are_those_of_transformers(tmp_path, classes, kind, what):
 
 @pytest.mark.parity
 def test_a_tied_head_has_no_weights_of_its_own(tmp_path):
-    pytest.importorskip("torch")
     theirs = peer("LlamaForCausalLM", tmp_path / "a", **CONFIG, tie_word_embeddings=True)
     model = same_head(tmp_path / "a", theirs, "causal_lm", batch_of(right=2))
     assert model.params["heads"]["head"] == {}
@@ -387,5 +382,4 @@ _QWEN3_06B = dict(
     ],
 )
 def test_names_are_those_of_the_published_sizes(classes, model_type, config, leaves):
-    pytest.importorskip("torch")
     assert names_and_shapes_agree(f"{classes}ForCausalLM", model_type, **config) == leaves

@@ -103,7 +103,6 @@ def test_config_errors(changes, message):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("llava")
     peer = oracle.peer("LlavaForConditionalGeneration", folder, **BOTH)
     return peer, folder, load.load_backbone(folder)
@@ -177,7 +176,6 @@ def test_transformers_opens_what_is_exported(theirs, tmp_path):
 
 @pytest.mark.parity
 def test_names_and_shapes_are_those_of_the_published_model():
-    pytest.importorskip("torch")
     vision = dict(
         model_type="clip_vision_model",
         hidden_size=1024,

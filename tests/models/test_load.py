@@ -313,3 +313,13 @@ def test_a_model_of_transformers_four_is_a_backbone_as_it_stands():
     FlaxBertModel.params = {"encoder": backbone.params["encoder"]}
     with pytest.raises(ValueError, match="'FlaxBertModel' does not fit the model"):
         load.from_flax(FlaxBertModel())
+
+
+def test_options_misspelt_are_named(tmp_path):
+    _saved(tmp_path / "x", "vit")
+    with pytest.raises(ValueError, match="new_channels is 'repet'; give 'repeat'"):
+        load.load_backbone(tmp_path / "x", channels=4, new_channels="repet")
+    with pytest.raises(ValueError, match="param_dtype is 'flot32', no float type"):
+        load.load_backbone(tmp_path / "x", param_dtype="flot32")
+    with pytest.raises(ValueError, match="dtype is 'int32', no float type"):
+        load.load_backbone(tmp_path / "x", dtype="int32")

@@ -117,7 +117,6 @@ def test_a_decoder_without_noise_or_with_other_noise_is_named():
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("mae")
     peer = oracle.peer("ViTMAEForPreTraining", folder, **CONFIG)
     backbone = load.load_backbone(folder)

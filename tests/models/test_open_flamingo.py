@@ -241,7 +241,8 @@ def test_shapes_at_the_published_size():
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    torch = pytest.importorskip("torch")
+    import torch
+
     folder = tmp_path_factory.mktemp("openflamingo")
     peer, forward = _peer(torch, folder)
     whole = unite(folder / "checkpoint.pt", language=folder / "language", vision=folder / "vision")

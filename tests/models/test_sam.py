@@ -167,7 +167,6 @@ def test_errors():
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("sam")
     peer = oracle.peer("SamVisionModel", folder, **TINY, attn_implementation="eager")
     return peer, load.load_backbone(folder), folder

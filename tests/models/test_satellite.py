@@ -428,7 +428,6 @@ def test_satmae_normalises_as_its_authors_do():
 
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
-    pytest.importorskip("torch")
     sizes = dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         image_size=8, patch_size=4, num_channels=3, layer_norm_eps=1e-6, mask_ratio=0.0,

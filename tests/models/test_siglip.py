@@ -99,7 +99,6 @@ def test_images_of_another_size_and_other_channels(pair, tmp_path):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("siglip")
     return oracle.peer("SiglipModel", folder, **BOTH), folder, load.load_backbone(folder)
 
@@ -205,7 +204,6 @@ def test_transformers_opens_what_is_exported(theirs, tmp_path):
 
 @pytest.mark.parity
 def test_names_and_shapes_are_those_of_the_published_models():
-    pytest.importorskip("torch")
     base = dict(vision_config=dict(patch_size=16), text_config=dict(vocab_size=32000))
     assert oracle.names_agree("SiglipModel", "siglip", **base) == 408
     assert oracle.names_agree("SiglipVisionModel", "siglip_vision_model", patch_size=16) == 208

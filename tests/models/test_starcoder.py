@@ -84,7 +84,6 @@ def test_live_turns_on_each_kind_of_dropout(stage, rate):
 
 @pytest.fixture(scope="module", params=["all keys", "a window, no biases"])
 def pair(request, tmp_path_factory):
-    pytest.importorskip("torch")
     changes = {} if request.param == "all keys" else dict(sliding_window=4, use_bias=False)
     folder = tmp_path_factory.mktemp("starcoder")
     return peer("Starcoder2Model", folder, **CONFIG, **changes), load.load_backbone(folder)
@@ -123,7 +122,6 @@ def test_bfloat16_stays_near_transformers(pair):
     ],
 )
 def test_heads_are_those_of_transformers(tmp_path, kind, what):
-    pytest.importorskip("torch")
     one = {**CONFIG, "num_hidden_layers": 1, "num_labels": 5}
     theirs = peer(f"Starcoder2For{what}", tmp_path / "a", **one)
     batch = batch_of(right=2, left=3)
@@ -133,7 +131,6 @@ def test_heads_are_those_of_transformers(tmp_path, kind, what):
 
 @pytest.mark.parity
 def test_names_are_those_of_the_published_size():
-    pytest.importorskip("torch")
     # starcoder2-3b
     sizes = dict(hidden_size=3072, intermediate_size=12288, num_hidden_layers=30)
     heads = dict(num_attention_heads=24, num_key_value_heads=2, sliding_window=4096)

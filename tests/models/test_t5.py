@@ -236,7 +236,6 @@ V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_decod
 @pytest.fixture(scope="module", params=["T5Model", "MT5Model"])
 def pair(request, tmp_path_factory):
     """A peer and our backbone of its folder: the first T5, and mT5 with its gates."""
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("t5")
     changes = {} if request.param == "T5Model" else V1_1
     # Scores are not scaled: with larger weights float32 itself is 1e-5 away from float64.
@@ -334,7 +333,7 @@ HEADS = {
 @pytest.mark.parity
 @pytest.mark.parametrize("name", HEADS)
 def test_sequence_to_sequence_is_that_of_transformers_and_goes_back(name, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
     import transformers
 
     class_name, changes, tied, scale = HEADS[name]
@@ -367,7 +366,7 @@ def test_sequence_to_sequence_is_that_of_transformers_and_goes_back(name, tmp_pa
 
 @pytest.mark.parity
 def test_the_encoder_alone_is_that_of_transformers(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
     import transformers
 
     theirs = peer("T5EncoderModel", tmp_path / "theirs", **{**CONFIG, **V1_1})
@@ -399,7 +398,8 @@ def test_the_encoder_alone_is_that_of_transformers(tmp_path):
 
 @pytest.mark.parity
 def test_the_encoder_of_a_whole_checkpoint_and_its_tagger(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     peer("T5Model", tmp_path / "whole", **CONFIG)
     alone = load_backbone(tmp_path / "whole", family="t5_encoder")
     whole, batch = load_backbone(tmp_path / "whole"), _batch()
@@ -421,7 +421,7 @@ def test_the_encoder_of_a_whole_checkpoint_and_its_tagger(tmp_path):
 @pytest.mark.parametrize("both_ways", [True, False])
 @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (64, 256)])
 def test_buckets_are_those_of_transformers(both_ways, buckets, farthest):
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers.models.t5.modeling_t5 import T5Attention
 
     ahead = np.arange(-2000, 2001)
@@ -460,7 +460,6 @@ PUBLISHED = {
 @pytest.mark.parity
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_at_the_published_sizes(name):
-    pytest.importorskip("torch")
     model_type, config, leaves = PUBLISHED[name]
     class_name = "MT5Model" if model_type == "mt5" else "T5Model"
     assert names_agree(class_name, model_type, **config) == leaves

@@ -1,15 +1,11 @@
 """A first convolution for another number of channels than the checkpoint's."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-NewChannels = Literal["repeat", "mean", "zeros"]
-
 
 def adapt_channels(
-    kernel: Float[Array, "*sizes old out"], channels: int, new: NewChannels = "repeat"
+    kernel: Float[Array, "*sizes old out"], channels: int, new: str = "repeat"
 ) -> Float[Array, "*sizes channels out"]:
     """Return a kernel that reads `channels` channels, from one that reads others.
 
@@ -22,7 +18,8 @@ def adapt_channels(
             nothing changes at first.
 
     Raises:
-        ValueError: `channels` is below 1, or "zeros" is to take channels away.
+        ValueError: `channels` is below 1, "zeros" is to take channels away, or `new` is none of the
+            three.
 
     >>> kernel = jnp.array([1.0, 2.0, 6.0]).reshape(1, 1, 3, 1)
     >>> adapt_channels(kernel, 1).ravel().tolist(), adapt_channels(kernel, 6).ravel().tolist()
@@ -32,6 +29,8 @@ def adapt_channels(
 
     Reference: timm's `adapt_input_conv` (Wightman 2019).
     """
+    if new not in ("repeat", "mean", "zeros"):
+        raise ValueError(f"new_channels is {new!r}; give 'repeat', 'mean' or 'zeros'")
     old = kernel.shape[-2]
     if channels < 1 or (new == "zeros" and channels < old):
         raise ValueError(
