@@ -6,7 +6,8 @@
                 averages too; values: {FIGURE: [one for each seed]};
                 validation: {the same on the validation splits};
                 seeds: [{seed, test: matrix, validation: matrix, fresh: {test, validation},
-                seconds: {penalties, training, scores}}]}
+                seconds: {penalties, training, scores}, penalties: {TASK: {penalties, warnings}}
+                where shares of the gradient were probed}]}
     joint       {average, tasks: mean figure on each task; spread, values of the average;
                 validation: {the same}; seeds: [{seed, test, validation}]}
 
@@ -39,10 +40,10 @@ def way_entry(
         part: _summary([one.scores[part] for one in learned], [one[part] for one in fresh])
         for part in ("test", "validation")
     }
-    rows = [
-        {"seed": seed, **one.scores, "fresh": dict(start), "seconds": one.seconds}
-        for seed, one, start in zip(seeds, learned, fresh, strict=True)
-    ]
+    rows = []
+    for seed, one, start in zip(seeds, learned, fresh, strict=True):
+        beside = {"seconds": one.seconds, "penalties": one.penalties}
+        rows.append({"seed": seed, **one.scores, "fresh": dict(start), **beside})
     return {**tables["test"], "validation": tables["validation"], "seeds": rows}
 
 

@@ -5,6 +5,7 @@ tables show what a penalty is worth and how far chance goes.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from jtl.train import phases
 from jtl.train.compile import enable_cache
 from jtl.train.evaluate import make_predict
 from jtl.train.memory import keep_freed_memory
+from jtl.train.parallel import make_spread, split_forward
 
 Penalties = Sequence[Callable[..., Part | None]]
 
@@ -48,11 +50,22 @@ def continual(
     ways: Mapping[str, Penalties] | None = None,
     joint: bool = False,
     batch_size: int = 32,
+    buckets: int = 2,
+    max_length: int | None = None,
     clip: float | None = 1.0,
+    accumulate: int = 1,
+    parallel: str = "jit",
     carry_optimizer: bool = False,
     checkpoints: bool = True,
     save_every: int | None = None,
+    columns_mib: int = 2048,
+    columns_disk_mib: int = 8192,
+    columns_folder: str | None = None,
+    ema: float | None = None,
     shares_every: int | None = None,
+    dtype: str | None = None,
+    remat: bool = False,
+    hold_statistics: bool = False,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     overwrite: bool = False,
@@ -77,13 +90,24 @@ def continual(
         ways: {name: penalties}, each `Start -> Part`, made anew before every task.
         joint: whether all tasks are also learned at once, the upper bound.
         batch_size: examples a step.
+        buckets: number of padded lengths of texts.
+        max_length: longest text in tokens; None is the checkpoint's own limit.
         clip: largest global norm of the live gradient; None for no clipping.
+        accumulate: microbatches a step.
+        parallel: how a task lies on the devices: "jit", "data", "fsdp" or "pmap".
         carry_optimizer: whether a task goes on with the optimizer state of the one before, leaf
             groups of the same label; else each starts with a fresh state.
         checkpoints: whether states are saved, so that an interrupted run goes on.
         save_every: steps between saves, beside those after each evaluation.
-        shares_every: steps between probes of each term's share of the gradient, in the tasks'
-            `metrics.jsonl`; None for none: each task compiles a program for it.
+        columns_mib: memory for derived columns of a task, MiB.
+        columns_disk_mib: of the folder of columns that later runs find; 0 keeps none.
+        columns_folder: of these columns; None is `jtl/columns` in the user's cache folder.
+        ema: decay of a moving average of the live weights, which each task then ends with.
+        shares_every: steps between probes of each term's share of the gradient; a penalty that
+            never has much of it is a warning. None for none: each task compiles a program for it.
+        dtype: of the computation, "float32" or "bfloat16"; None is the backbone's own.
+        remat: compute the inside of each block again in the backward pass, to save memory.
+        hold_statistics: BatchNorm keeps its stored statistics in live blocks too.
         seed: of order, dropout and fresh weights.
         seeds: several of them; None is the one of `seed`.
         overwrite: train anew where a finished run lies.
@@ -103,6 +127,13 @@ def continual(
     seeds = (seed,) if seeds is None else tuple(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}; give at least one, each once")
+    settings = Settings(
+        optimizer or adamw(),
+        *(batch_size, clip, accumulate, parallel, save_every),
+        *(columns_mib, columns_disk_mib, columns_folder, ema, shares_every),
+    )
+    how = {"dtype": dtype, "remat": remat, "hold_statistics": hold_statistics}
+    options = {"buckets": buckets, "max_length": max_length, "carry_optimizer": carry_optimizer}
     shown = {
         "recipe": "continual",
         "backbone": {"source": backbone.source, "weights": identity.weights(backbone.params)},
@@ -113,10 +144,10 @@ def continual(
         "ways": {way: [identity.called(made) for made in given] for way, given in chosen.items()},
         "joint": joint,
         "optimizer": "given" if optimizer else "adamw",
-        "carry_optimizer": carry_optimizer,
-        "clip": clip,
-        "batch_size": batch_size,
         "seeds": seeds,
+        **{name: value for name, value in settings._asdict().items() if name != "optimizer"},
+        **options,
+        **how,
     }
     learned = lessons(tasks, scenario, task)
     place = record.open_run(folder, config=config or shown, overwrite=overwrite)
@@ -125,17 +156,13 @@ def continual(
         return place.result
     enable_cache()
     keep_freed_memory()
-    models = [_start(backbone, learned, number, one) for number, one in enumerate(seeds)]
+    models = [_start(backbone, learned, number, one, how) for number, one in enumerate(seeds)]
+    texts = {"buckets": buckets, "max_length": max_length}
+    jit = functools.partial(split_forward, make_spread(parallel))
     course = sequence.Course(
         learned,
-        [make_datasets(models[0], lesson.sources) for lesson in learned],
-        plan,
-        Settings(
-            *(optimizer or adamw(), batch_size, clip),
-            save_every=save_every,
-            shares_every=shares_every,
-        ),
-        make_predict(models[0].apply, heads=tuple(models[0].heads)),
+        [make_datasets(models[0], lesson.sources, **texts) for lesson in learned],
+        *(plan, settings, make_predict(models[0].apply, heads=tuple(models[0].heads), jit=jit)),
         *(place.config, overwrite, checkpoints, carry_optimizer),
     )
     runs, last = _all_ways(course, models, seeds, chosen, place.folder)
@@ -146,6 +173,7 @@ def continual(
         "seeds": seeds,
         "seed": seeds[0],
         "runs": runs,
+        "warnings": _warnings(runs),
     }
     if joint:
         result["joint"] = _joint(course, models, seeds, place.folder)
@@ -176,7 +204,24 @@ def _ways(penalties: Penalties, ways: Mapping[str, Penalties] | None) -> dict[st
     return {way: tuple(given) for way, given in plain_first}
 
 
-def _start(backbone: Backbone, learned: Sequence[Lesson], number: int, seed: int) -> Model:
+def _warnings(runs: Mapping[str, Any]) -> list[str]:
+    """Return what is to be said of penalties with hardly a share in the gradient, once a task."""
+    found = {}
+    for way, entry in runs.items():
+        for row in entry["seeds"]:
+            for task, said in row["penalties"].items():
+                for words in said["warnings"]:
+                    found.setdefault(f"way {way!r}, task {task!r}: {words}", None)
+    return list(found)
+
+
+def _start(
+    backbone: Backbone,
+    learned: Sequence[Lesson],
+    number: int,
+    seed: int,
+    how: Mapping[str, Any],
+) -> Model:
     """Return the model of a seed before the first task."""
     key = jax.random.key(seed)
     if number and backbone.source == "scratch":
@@ -185,7 +230,9 @@ def _start(backbone: Backbone, learned: Sequence[Lesson], number: int, seed: int
             family, backbone.config, key=jax.random.fold_in(key, 1), pooling=pooling
         )
         backbone = dataclasses.replace(backbone, params=drawn.params, stats=drawn.stats)
-    return attach(backbone, {lesson.head: lesson.task.head for lesson in learned}, key=key)
+    model = attach(backbone, {lesson.head: lesson.task.head for lesson in learned}, key=key)
+    remat, held = how["remat"] or None, how["hold_statistics"] or None
+    return model.computing(how["dtype"], remat=remat, hold_statistics=held)
 
 
 def _all_ways(

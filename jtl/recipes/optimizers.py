@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from optax import contrib
 
 from jtl import trees
+from jtl.penalties.l2sp import decay_to_start
 
 _MATRICES = ("kernel", "embedding", "embeddings", "weight", "w")
 _TABLES = ("embedding", "embeddings")
@@ -55,15 +56,28 @@ def in_float32(tx: _Tx) -> optax.GradientTransformationExtraArgs:
 
 
 def adamw(
-    *, weight_decay: float = 0.01, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    *,
+    weight_decay: float = 0.01,
+    start_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
 ) -> _Tx:
     """Return AdamW at rate 1 with decoupled decay on matrices only.
 
+    Args:
+        weight_decay: of matrices, towards 0.
+        start_decay: of every leaf, towards where it was when the optimizer began: L2-SP without
+            Adam's moments (`penalties.l2sp.decay_to_start`); with `weight_decay=0` there is no
+            other pull.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+
     Reference: Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
-    return in_float32(
-        optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
-    )
+    tx = optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+    return in_float32(optax.chain(tx, decay_to_start(start_decay)) if start_decay else tx)
 
 
 def adam(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> _Tx:

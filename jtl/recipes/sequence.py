@@ -16,7 +16,7 @@ from jtl.recipes.datasets import Datasets, once
 from jtl.recipes.scenario import Lesson
 from jtl.recipes.terms import Part, Start
 from jtl.recipes.training import Engine, Job, Settings, make_engine
-from jtl.report import record
+from jtl.report import penalised, record
 from jtl.train import checkpoint
 from jtl.train.evaluate import Predict
 from jtl.train.plan import ever_live
@@ -62,11 +62,14 @@ class Learned(NamedTuple):
         model: after the last task.
         scores: {"validation", "test"}: (tasks, tasks), NaN above what was scored.
         seconds: {"penalties", "training", "scores"}, summed over the tasks.
+        penalties: {task: {"penalties", "warnings"}}, as in the result of `fine_tune`, of the tasks
+            whose terms' shares of the gradient were probed.
     """
 
     model: Model
     scores: Scores
     seconds: dict[str, float]
+    penalties: dict[str, Any]
 
 
 class _Border(NamedTuple):
@@ -103,6 +106,7 @@ def learn(
     tasks = len(course.lessons)
     scores = {part: np.full((tasks, tasks), np.nan) for part in PARTS}
     seconds: dict[str, float] = {"penalties": 0.0, "training": 0.0, "scores": 0.0}
+    said: dict[str, Any] = {}
     border = _Border(model, parts=(None,) * len(penalties))
     for number in range(tasks):
         with _timed(seconds, "penalties"):
@@ -113,6 +117,8 @@ def learn(
             )
         with _timed(seconds, "training"):
             state = _trained(course, number, border, parts, folder, seed)
+        if course.settings.shares_every:
+            said |= _shares(course.lessons[number].name, parts, folder)
         moved = dataclasses.replace(border.model, params=state.params, stats=state.stats)
         began, watched = border.model.params, state.watch or None
         border = _Border(moved, began, watched, _kept_state(course, state), parts)
@@ -122,7 +128,15 @@ def learn(
                 table[number, :until] = scored(course, moved, part, range(until))
         if show is not None:
             show(number, scores["test"][number])
-    return Learned(border.model, scores, seconds)
+    return Learned(border.model, scores, seconds, said)
+
+
+def _shares(task: str, parts: Sequence[Part | None], folder: pathlib.Path) -> dict[str, Any]:
+    """Return {task: what the probes of a task say of its penalties}, {} where it has none."""
+    given = [part for part in parts if part is not None]
+    names = [part.name for part in given if part.term is not None and not part.project]
+    said = penalised.found(record.read_rows(folder / task), names)
+    return {task: said} if said else {}
 
 
 def scored(course: Course, model: Model, part: str, tasks: Sequence[int]) -> list[float]:

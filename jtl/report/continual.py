@@ -86,6 +86,8 @@ def matrices(result: Mapping[str, Any], *, out: Any = None) -> None:
     over = f", mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
     say(out, f"test {words} of {readable.plural(len(result['tasks']), 'task')}{over}", style="bold")
     draw(out, summary(result))
+    for words in result.get("warnings", ()):
+        say(out, f"WARNING: {words}", style="bold red")
 
 
 def shower(way: str, seed: int, tasks: Sequence[str]) -> Callable[[int, np.ndarray], None]:
@@ -122,6 +124,10 @@ def page(result: Mapping[str, Any]) -> str:
     config = json.dumps(result["config"], indent=2, ensure_ascii=False)
     parts = [
         f"<h1>{escape(title)}</h1>\n<p class='soft'>{escape(' · '.join(facts))}</p>",
+        *(
+            f"<p class='verdict bad'>Warning: {escape(words)}</p>"
+            for words in result.get("warnings", ())
+        ),
         elements.section("Test splits", elements.table(summary(result)) + _legend(result)),
         elements.section(
             "By number of tasks learned",

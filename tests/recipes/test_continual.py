@@ -15,6 +15,7 @@ from jtl.recipes.continual import continual
 from jtl.recipes.datasets import make_datasets
 from jtl.recipes.terms import Part
 from jtl.recipes.views import make_view
+from jtl.report import record
 from jtl.train import phases
 from jtl.train.state import Context
 
@@ -308,3 +309,36 @@ def test_a_penalty_changes_what_comes_after_the_first_task(tmp_path):
     plain, held = (np.array(result["runs"][way]["matrix"], float) for way in ("plain", "penalised"))
     np.testing.assert_array_equal(plain[0], held[0])
     assert not np.array_equal(plain[1], held[1])
+
+
+def test_a_penalty_with_no_share_in_the_gradient_is_named_with_its_way_and_task(
+    tmp_path, one_device
+):
+    seen = []
+    ways = {"held": (_watcher(seen, weight=1e-9),)}
+    options = {**OPTIONS, "ways": ways, "shares_every": 1, "checkpoints": False}
+    result = continual(_backbone(), _pairs()[:2], folder=tmp_path / "run", **options)
+    (row,) = result["runs"]["held"]["seeds"]
+    assert list(row["penalties"]) == ["from_2"]  # the first task has none
+    share = row["penalties"]["from_2"]["penalties"]["watcher"]["share"]
+    assert 0 < share["greatest"] < 0.01
+    (warning,) = result["warnings"]
+    assert warning.startswith("way 'held', task 'from_2': penalty 'watcher' never had more than")
+
+
+def test_each_task_computes_and_lies_as_it_is_told(tmp_path):
+    given = (_backbone(), _pairs()[:2])
+    options = {**OPTIONS, "checkpoints": False, "columns_disk_mib": 0}
+
+    def losses(name, **how):
+        continual(*given, folder=tmp_path / name, **how, **options)
+        rows = record.read_rows(tmp_path / name / "plain" / "seed_0" / "from_2")
+        return np.array([row["loss"] for row in rows if row["kind"] == "evaluation"])
+
+    whole = losses("jit")
+    assert len(whole)
+    np.testing.assert_allclose(losses("fsdp", parallel="fsdp", remat=True), whole, rtol=1e-5)
+    for name, how in {"bf16": {"dtype": "bfloat16"}, "ema": {"ema": 0.5}}.items():
+        assert 1e-5 < np.abs(losses(name, **how) / whole - 1).max() < 0.3
+    with pytest.raises(ValueError, match="batch of 8 rows does not divide over 8 devices in 2"):
+        losses("pmap", accumulate=2, parallel="pmap")

@@ -276,3 +276,27 @@ def test_the_config_names_them_all():
     assert {kind: f"jtl.recipes.optimizers:{kind}" for kind in OPTIMIZERS} == config.TABLES[
         "optimizer"
     ]
+
+
+def test_start_decay_takes_back_a_share_of_the_way_and_passes_no_moment():
+    params = parameters()
+    txs = (optimizers.adamw(weight_decay=0.0, start_decay=share) for share in (0.0, 0.25))
+    plain, pulled = ((tx, tx.init(params)) for tx in txs)
+    moved = jax.tree.map(lambda p: p + 1.0, params)
+    (tx, state), (tx_pulled, state_pulled) = plain, pulled
+    for step in range(2):  # the moments are the same, though the pull was there at the first step
+        grads = gradients(step, params)
+        want, state = tx.update(grads, state, moved)
+        got, state_pulled = tx_pulled.update(grads, state_pulled, moved)
+        back = jax.tree.map(lambda a, b: a - b, got, want)
+        for leaf in jax.tree.leaves(back):  # biases and norms too
+            np.testing.assert_allclose(leaf, -0.25, rtol=1e-5)
+
+
+def test_start_decay_is_an_option_of_a_config():
+    tx = config.build("optimizer", {"kind": "adamw", "start_decay": 0.5, "weight_decay": 0.0})
+    params = parameters()
+    zero = jax.tree.map(jnp.zeros_like, params)
+    far = jax.tree.map(lambda p: p + 2.0, params)
+    updates, _ = tx.update(zero, tx.init(params), far)
+    np.testing.assert_allclose(updates["norm"]["scale"], -1.0, rtol=1e-5)

@@ -53,3 +53,12 @@ def test_the_console_leaves_out_a_matrix_without_room(result, capsys):
     continual.matrices(wide)
     shown = capsys.readouterr().out
     assert "after" not in shown and "held" in shown
+
+
+def test_warnings_head_the_page_and_end_what_the_console_shows(result, capsys):
+    result = {**result, "warnings": ["way 'held', task 'a<b': penalty 'ewc' holds nothing"]}
+    page = continual.page(result)
+    assert "Warning: way &#x27;held&#x27;, task &#x27;a&lt;b&#x27;: penalty" in page
+    assert page.index("Warning:") < page.index("Test splits")
+    continual.matrices(result)
+    assert "WARNING: way 'held', task 'a<b'" in " ".join(capsys.readouterr().out.split())
