@@ -23,6 +23,7 @@ from jtl.models.families.resnet import RESNET, ResNet, ResNetConfig, resnet_conf
 from jtl.models.families.torchvision_names import resnet_rules
 from jtl.models.layers import BatchNorm
 from jtl.models.layers.maps import flat, real_rows
+from jtl.models.layers.pointwise import pointwise
 
 POOLINGS = ("projection", "mean")
 # ResNet-50, and the projection of the published file.
@@ -47,6 +48,7 @@ class _Projector(nn.Module):
     def __call__(self, maps: jax.Array, mask: jax.Array | None, live: bool) -> jax.Array:
         init = nn.initializers.normal(0.02)
         options: Any = dict(kernel_size=(1, 1), dtype=self.dtype, kernel_init=init)
+        options |= dict(conv_general_dilated=pointwise)
         hidden = nn.Conv(self.width, use_bias=False, **options, name="hidden")(maps)
         norm = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="norm")
         return nn.Conv(self.width, **options, name="output")(nn.relu(norm(hidden, mask, live)))

@@ -34,6 +34,7 @@ from jtl.models.layers import BatchNorm, activation, pixels
 from jtl.models.layers.depthwise import DepthwiseConv, Sides
 from jtl.models.layers.maps import flat, real_rows
 from jtl.models.layers.nest import Nest
+from jtl.models.layers.pointwise import pointwise
 from jtl.models.layers.squeeze_excite import SqueezeExcite
 from jtl.models.layers.stochastic_depth import StochasticDepth
 from jtl.models.resize import any_size, channels_of
@@ -55,6 +56,7 @@ def _conv(width: int, size: int, stride: int, padding: Any, dtype: Any, name: st
         use_bias=False,
         dtype=dtype,
         kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        conv_general_dilated=pointwise,
         name=name,
     )
 

@@ -24,6 +24,7 @@ from jtl.models.heads.pretrained import classification
 from jtl.models.layers import BatchNorm, activation, pixels
 from jtl.models.layers.maps import flat, real_rows
 from jtl.models.layers.nest import Nest
+from jtl.models.layers.pointwise import pointwise
 from jtl.models.layers.stated import one_for_each_stage, places, stated
 from jtl.models.resize import any_size, channels_of
 from jtl.weights.checkpoint import Checkpoint
@@ -90,6 +91,7 @@ class _Convolution(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            conv_general_dilated=pointwise,
             name="convolution",
         )(hidden)
         norm = BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="normalization")

@@ -26,6 +26,7 @@ from jtl.models.layers.interpolate import interpolate_positions
 from jtl.models.layers.maps import flat
 from jtl.models.layers.nest import Nest
 from jtl.models.layers.patches import grid, pair
+from jtl.models.layers.pointwise import pointwise
 from jtl.models.layers.vit_encoder import check_heads, dense
 from jtl.models.layers.windows import cut_windows, join_windows
 from jtl.models.resize import channels_of
@@ -234,6 +235,7 @@ class Neck(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 kernel_init=init,
+                conv_general_dilated=pointwise,
                 name=f"conv{i}",
             )(hidden)
             hidden = layer_norm(_NECK_EPSILON, self.dtype, name=f"layer_norm{i}")(hidden)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jtl.models.layers.dropout import Dropout
 from jtl.models.layers.maps import real_rows
 from jtl.models.layers.norms import BatchNorm
+from jtl.models.layers.pointwise import pointwise
 
 # What the branches share runs once here and once for each of the three branches in CellViT's code:
 # its running statistics then move three times by 0.1.
@@ -162,7 +163,9 @@ class Chain(nn.Module):
         if self.end is None:
             return maps
         kind, width = self.end
-        return _up(width, name)(maps) if kind == "up" else nn.Conv(width, (1, 1), name=name)(maps)
+        if kind == "up":
+            return _up(width, name)(maps)
+        return nn.Conv(width, (1, 1), conv_general_dilated=pointwise, name=name)(maps)
 
 
 class _Block(nn.Module):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jtl.models.layers.activations import activation
+from jtl.models.layers.pointwise import pointwise
 
 
 class SqueezeExcite(nn.Module):
@@ -31,7 +32,8 @@ class SqueezeExcite(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Return hidden (n, height, width, dim) with its channels scaled."""
         mean = jnp.mean(hidden.astype(jnp.float32), axis=(1, 2), keepdims=True)
-        small = nn.Conv(self.narrow, (1, 1), dtype=self.dtype, name="reduce")(mean)
+        options: Any = dict(dtype=self.dtype, conv_general_dilated=pointwise)
+        small = nn.Conv(self.narrow, (1, 1), **options, name="reduce")(mean)
         small = activation(self.act)(small)
-        wide = nn.Conv(hidden.shape[-1], (1, 1), dtype=self.dtype, name="expand")(small)
+        wide = nn.Conv(hidden.shape[-1], (1, 1), **options, name="expand")(small)
         return hidden * jax.nn.sigmoid(wide)
