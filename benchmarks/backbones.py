@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=("eager", "compile"))
     parser.add_argument("--flax", help="interpreter of an environment with transformers 4")
     parser.add_argument("--json", help="file to which the rows are added")
-    parser.add_argument("--keep-memory", action="store_true", help="freed memory is taken again")
+    keep = argparse.BooleanOptionalAction
+    parser.add_argument("--keep-memory", action=keep, default=True, help="freed is taken again")
     parser.add_argument("--quick", action="store_true", help="a tiny model, two repeats")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -50,8 +51,7 @@ def main() -> None:
         for row in cell(**json.loads(options.cell)):
             measure.emit(row)
         return
-    if options.keep_memory:
-        os.environ["JTL_KEEP_MEMORY"] = "1"
+    os.environ["JTL_KEEP_MEMORY"] = str(int(options.keep_memory))
     if options.quick:
         options.models, options.repeats = ["tiny"], 2
     peers = options.peers

@@ -21,12 +21,12 @@ for each figure, then a table:
 
 Every step clips and gives the gradient norm, and keeps the old weights where it is not finite.
 Dropout is what the checkpoints are published with (BERT 0.1, ViT none) and off in what is held, the
-same on both sides; `--dropout` changes it. With `--keep-memory` the process keeps freed memory, as
-recipes do under `JTL_KEEP_MEMORY=1`; that holds for both sides. The peer is PyTorch with
-transformers, eager and under `torch.compile` (extra `parity`), on as many threads. Times are the
-least of repeats in which all calls of both sides are taken in turn. `value` is ours, `peer_value`
-the faster peer's over its own forward pass, `ratio` the second over the first, `faster` the
-quotient of seconds.
+same on both sides; `--dropout` changes it. The process keeps freed memory, for both sides, as the
+command `python -m jtl` does; `--no-keep-memory` shows the steps without that. The peer is PyTorch
+with transformers, eager and under `torch.compile` (extra `parity`), on as many threads. Times are
+the least of repeats in which all calls of both sides are taken in turn. `value` is ours,
+`peer_value` the faster peer's over its own forward pass, `ratio` the second over the first,
+`faster` the quotient of seconds.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def main() -> None:
         "--examples", type=int, help="rows of the data for whole epochs; 0 for none"
     )
     parser.add_argument("--json", help="file to which the rows are added")
-    parser.add_argument("--keep-memory", action="store_true", help="freed memory is taken again")
+    keep = argparse.BooleanOptionalAction
+    parser.add_argument("--keep-memory", action=keep, default=True, help="freed is taken again")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model, two repeats, no compiler"
     )
@@ -69,8 +70,7 @@ def main() -> None:
         for row in cell(**json.loads(options.cell)):
             measure.emit(row)
         return
-    if options.keep_memory:
-        os.environ["JTL_KEEP_MEMORY"] = "1"
+    os.environ["JTL_KEEP_MEMORY"] = str(int(options.keep_memory))
     if options.quick:
         options.models, options.repeats = ["tiny"], 2
         options.steps = ["head", "last_block", "full"]

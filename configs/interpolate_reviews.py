@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
             smoke_with=dict(
                 tuned=dict(
                     kind="fine_tune",
-                    plan=dict(kind="full", rate=1e-4, epochs=1),
+                    plan=dict(kind="last_groups", n=1, epochs=1),
                     optimizer=optimizer,
                     batch_size=8,
                 ),

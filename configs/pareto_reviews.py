@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
             smoke=False,
             smoke_with=dict(
                 data=dict(short, **small),
-                plan=dict(kind="full", rate=1e-4, epochs=1),
+                plan=dict(kind="last_groups", n=1, epochs=1),
                 strengths=(0, 1),
                 shares_every=None,
                 retain=(dict(probe, data=dict(site, **small), max_length=16, buckets=1),),

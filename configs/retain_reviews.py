@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
             smoke=False,
             smoke_with=dict(
                 data=dict(short, **small),
-                plan=dict(kind="full", rate=1e-4, epochs=1),
+                plan=dict(kind="last_groups", n=1, epochs=1),
                 retain=watched(small, 16),
                 shares_every=1,
                 batch_size=8,

@@ -23,6 +23,7 @@ def main(_: list[str]) -> None:
         sys.exit(f"jtl: {' '.join(str(error).split())}; give --config=configs/NAME.py")
     logging.set_verbosity(logging.WARNING)  # Orbax writes a page for every save
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("JTL_KEEP_MEMORY", "1")  # the process is this run's alone
     try:
         config.run(given)
     except (ValueError, OSError) as error:

@@ -1,14 +1,16 @@
 """Strict tests: eight CPU devices, no rank promotion, no network, shapes checked at run time."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
 import tempfile
 
 # LLVM's passes are most of the time that tests take, and what they compile runs a few times. HLO,
-# FLOPs and buffers are the same; XLA_FLAGS from outside takes their place.
+# FLOPs and buffers are the same; XLA_FLAGS from outside takes their place. Products are small.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS += " --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +27,13 @@ from jaxtyping import install_import_hook  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
 install_import_hook("jtl", "beartype.beartype")
+
+
+def pytest_collection_finish():
+    """Traces make many objects and few cycles: what is there by now is looked through no more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture

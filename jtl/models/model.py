@@ -201,18 +201,9 @@ def attach(backbone: Backbone, heads: Mapping[str, Any], *, key: jax.Array) -> M
         key: for the initial weights of the heads.
 
     Raises:
-        ValueError: a head bears the name of a stage or of an output of the backbone, or there is no
-            head.
+        ValueError: a head bears the name of a stage or of an output of the backbone, or is tied to
+            a word embedding that there is not; or there is no head.
     """
-    untied = [name for name, head in heads.items() if head.tied and not backbone.family.table]
-    if untied:
-        raise ValueError(
-            f"the heads {untied} read the word embedding; {backbone.family.model_type} has none; "
-            "give heads that are not tied"
-        )
-    batch = backbone.family.example(backbone.config)
-    own = variables(backbone.params, backbone.stats)
-    out = jax.eval_shape(lambda: backbone.module.apply(own, batch))
     out, batch = _example(backbone, heads)
     fresh = {
         name: head.init(jax.random.fold_in(key, position), out, batch)

@@ -121,9 +121,20 @@ def compile_step(step: Step, state: Any, batch: Any, start: Any) -> Compiled:
     began = time.perf_counter()
     where = jax.tree.map(_placed, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    compiled = jitted.lower(state, batch, start).compile()
+    compiled = jitted.lower(state, batch, start).compile(compiler_options())
     seconds = time.perf_counter() - began
     return measured(compiled, seconds)
+
+
+def compiler_options() -> dict[str, Any]:
+    """Return the options of XLA that steps are compiled with, {} for its own.
+
+    On a CPU the time of a step is that of products and of loops that LLVM's first level makes as
+    fast as its last, which takes longer (`python -m benchmarks.compiling`). A level in `XLA_FLAGS`
+    is kept.
+    """
+    given = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    return {} if given or jax.default_backend() != "cpu" else {"xla_backend_optimization_level": 1}
 
 
 def shapes_of(tree: Any) -> Any:

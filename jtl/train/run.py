@@ -22,6 +22,7 @@ from jtl.train.checkpoint import Checkpoints
 from jtl.train.coming import Coming, Epoch, prepare
 from jtl.train.compile import in_background, make_compiled
 from jtl.train.feed import Ahead, Feed
+from jtl.train.memory import give_back_memory
 from jtl.train.optimizer import phase_optimizer
 from jtl.train.phase import Border, Event, Job, event_of, run_phase
 from jtl.train.plan import Phase, Plan, check_plan, ever_live, length
@@ -213,6 +214,7 @@ def _run(
                 at = at._replace(progress=rules.skip(at.progress, phase))
                 yield event_of("skipped", at, phase, at.progress.history[-1])
             else:
+                give_back_memory()
                 at, border = yield from run_phase(job, at, phase, border)
 
 

@@ -55,17 +55,24 @@ def test_labels_cover_every_leaf_in_order_of_depth(made):
 
 
 def test_the_forward_pass_stops_and_starts_at_every_border(model, made, batch):
-    whole, _ = model.apply(model.params, model.stats, batch)
-    borders = range(1, made.module.blocks + 3)
-    columns = model.prefix(model.params, model.stats, batch, *borders)
-    for border in borders:
-        name = stages.column(border, made.module.blocks)
-        kept = [other for other in stages.beside(made.module) if other in batch]
-        if border == made.module.blocks + 2:
-            kept = []
-        start = {name: columns[name], **{other: batch[other] for other in kept}}
-        out, _ = model.apply(model.params, model.stats, start)
-        np.testing.assert_allclose(out["head"], whole["head"], atol=2e-5, err_msg=name)
+    blocks = made.module.blocks
+    borders = range(1, blocks + 3)
+
+    @jax.jit
+    def passes(params, stats, batch):
+        whole, _ = model.apply(params, stats, batch)
+        columns = model.prefix(params, stats, batch, *borders)
+        beside = {name: batch[name] for name in stages.beside(made.module) if name in batch}
+        found = {}
+        for border in borders:
+            name = stages.column(border, blocks)
+            start = {name: columns[name], **(beside if border < blocks + 2 else {})}
+            found[name] = model.apply(params, stats, start)[0]["head"]
+        return whole, found
+
+    whole, found = passes(model.params, model.stats, batch)
+    for name, logits in found.items():
+        np.testing.assert_allclose(logits, whole["head"], atol=2e-5, err_msg=name)
     assert whole["pooled"].shape == (len(whole["head"]), made.dim)
     assert bool(jnp.isfinite(whole["pooled"]).all())
 

@@ -9,7 +9,14 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jtl.train.compile import compile_step, enable_cache, in_background, make_compiled, shapes_of
+from jtl.train.compile import (
+    compile_step,
+    compiler_options,
+    enable_cache,
+    in_background,
+    make_compiled,
+    shapes_of,
+)
 from jtl.train.mesh import make_mesh, replicate, shard_batch
 from jtl.train.optimizer import phase_optimizer
 from jtl.train.state import create
@@ -192,3 +199,14 @@ def test_where_the_cache_is(tmp_path, settings, monkeypatch):
     told = enable_cache(tmp_path / "told")
     assert enable_cache() == told
     assert jax.config.jax_compilation_cache_dir == str(told)
+
+
+def test_steps_on_a_cpu_are_compiled_at_the_level_that_is_enough(monkeypatch):
+    name = "xla_backend_optimization_level"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert compiler_options() == {name: 1}
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=3")  # the user's own
+    assert compiler_options() == {}
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compiler_options() == {}
