@@ -129,12 +129,18 @@ def peer_phases(plan: list[Any], replay: Mapping[str, float] | None) -> list[tor
     return [phase for phase in made if phase.epochs]
 
 
+def validation_rows(size: int) -> int:
+    """Return how many rows phases go by, for so many labels to train on."""
+    return max(32, min(1000, size // 2))
+
+
 def _data(cell: Cell) -> dict[str, Any]:
     from jtl.recipes import sources
 
     where = {"source": "rotten_tomatoes"} if cell.table == REVIEWS else None
-    validation = max(32, min(1000, cell.size // 2))
-    sizes = dict(train=cell.size, validation=validation, test=cell.test, seed=cell.seed)
+    sizes = dict(
+        train=cell.size, validation=validation_rows(cell.size), test=cell.test, seed=cell.seed
+    )
     return sources.table(cell.table, text=cell.text, label=cell.label, where=where, **sizes)
 
 

@@ -18,6 +18,10 @@ columns, compiling with an empty cache, evaluations that phases go by), loading 
     progressive_full            the same run of ours; the peer fine-tunes everything for 3 epochs
                                 (`--full-epochs`), without evaluations
 
+`bound` is what the same schedule's arithmetic allows at equal kernels and no compilation: the
+forward passes' worth of the peer, which runs held blocks in every epoch, over ours, which runs them
+once; a backward pass counts as two. It is near 1 where most epochs have everything open.
+
 Beside them: `warm` (a second process, the compilations on disk), `kernels` (the peer over jtl
 without derived columns) and `columns` (jtl without them over jtl with), whose product is `value`;
 `cached` (the peer with features computed once, over jtl). In `progressive_full` `kernels` compares
@@ -43,7 +47,8 @@ AIMS = {
     "progressive_full": 2.6,
 }
 FIGURES = ("feature_extraction", "progressive")
-PARTS = ("warm", "kernels", "columns", "cached")
+PARTS = ("warm", "kernels", "columns", "cached", "bound")
+BLOCKS = 6  # of MiniLM
 POINT = 0.01
 Train = Callable[..., dict[str, Any]]
 
@@ -87,7 +92,7 @@ def _of_seed(figure: str, seed: int, options: Any) -> list[dict[str, Any]]:
         else:
             base = dataclasses.replace(base, strategy=options.plan, epochs=options.full_epochs)
             sides = _progressive_sides(base, train, options.quick)
-            found = progressive_rows(sides)
+            found = progressive_rows(sides, options.plan, options.size)
     about = dict(benchmark="schedule", seed=seed, size=options.size, plan=options.plan)
     return [about | row | {"sides": sides} for row in found]
 
@@ -153,12 +158,38 @@ def feature_row(sides: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"cached": _times(sides, "torch_cached", "jtl")}
 
 
-def progressive_rows(sides: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the progressive schedule: the same schedule, and full fine-tuning."""
+def progressive_rows(sides: Mapping[str, Any], plan: str, size: int) -> list[dict[str, Any]]:
+    """Return the rows of the progressive schedule: the same schedule, and full fine-tuning.
+
+    Args:
+        sides: what each training came to.
+        plan: name of our plan in `reviews.plan_of`.
+        size: labels to train on.
+    """
     same = _compared("progressive_same_schedule", sides, "torch")
+    same["bound"] = bound(sides["jtl"]["phases"], plan, size)
     full = _compared("progressive_full", sides, "torch_full")
     kernels = _times(sides, "torch_full", "jtl_full")
     return [same, full | {"kernels": kernels, "columns": _times(sides, "jtl_full", "jtl")}]
+
+
+def bound(ran: Mapping[str, float], plan: str, size: int) -> float:
+    """Return the peer's forward passes over ours for the epochs that each phase ran.
+
+    >>> ran = {"head": 2, "open_block_4": 1, "open_block_2": 1, "open_block_0": 0, "all": 1}
+    >>> round(bound(ran, "progressive", 2000), 2)  # 12 passes over 8.5
+    1.41
+    """
+    groups = ("stem", *(f"block_{i}" for i in range(BLOCKS)))
+    half = reviews.validation_rows(size) / size
+    ours = 1 + half  # the columns of all phases, in one pass
+    peer = half  # the evaluation before the first step; ours reads the columns
+    for phase in reviews.plan_of(plan, groups, 1):
+        epochs = ran.get(phase.name, 0)
+        opened = sum(label.startswith("block_") for label in phase.live) / BLOCKS
+        peer += epochs * (1 + 2 * opened + half)
+        ours += epochs * (3 + half) * opened
+    return peer / ours
 
 
 def _compared(figure: str, sides: Mapping[str, Any], peer: str) -> dict[str, Any]:

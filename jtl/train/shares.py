@@ -20,13 +20,17 @@ from jtl.train.compile import Compiled, CompiledSteps, measured
 from jtl.train.gradients import make_gradients
 from jtl.train.state import Apply, Batch, Metrics, Term, TrainState
 
+EARLY = 8
+
 
 class Shares(NamedTuple):
     """How the shares of a phase are taken.
 
     Attributes:
         call: `(state, batch, start) -> metrics`, compiled once for each shape of batch.
-        every: steps from one to the next; the first step of the phase is one.
+        every: steps from one to the next; the first step of the phase is one, and so is the one
+            `EARLY` steps after it: at the first, a penalty on what has just opened is still zero,
+            and the phase may be short.
     """
 
     call: Any
@@ -37,8 +41,10 @@ class Shares(NamedTuple):
 
         >>> [since for since in range(7) if Shares(None, 3).due(since)]
         [0, 3, 6]
+        >>> [since for since in range(101) if Shares(None, 50).due(since)]
+        [0, 8, 50, 100]
         """
-        return since % self.every == 0
+        return since % self.every == 0 or since == min(EARLY, self.every)
 
 
 def make_shares(
