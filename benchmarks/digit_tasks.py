@@ -16,7 +16,12 @@ from jtl import config
 NAMES = tuple(str(digit) for digit in range(10))
 PAIRS = tuple((digit, digit + 1) for digit in range(0, 10, 2))
 BUFFER = 2000  # examples that replay keeps in all
-QUICK = {"permuted": ("ewc", "si"), "split_task": ("lwf",), "split_class": ("replay",)}
+QUICK = {
+    "permuted": ("ewc", "si"),
+    "permuted_wide": ("ewc",),
+    "split_task": ("lwf",),
+    "split_class": ("replay",),
+}
 
 
 class Setting(NamedTuple):
@@ -49,21 +54,27 @@ def _fisher(kind: str, weight: float, **fields: Any) -> tuple[dict[str, Any], ..
     return (dict(kind=kind, weight=weight, examples=1000, **fields),)
 
 
+_PERMUTED = Setting(
+    "domain",
+    {
+        "ewc": _fisher("ewc", 15.0),
+        "si": (dict(kind="si", weight=3.0),),
+        "plain": (),
+        "online_ewc": _fisher("ewc", 15.0, form="online"),
+        "replay": (dict(kind="replay", rows=0.5, size=BUFFER),),
+        "mas": _fisher("mas", 0.03),
+    },
+    dict(kind="full", rate=0.1, head_rate=0.1, epochs=3),
+    {"ewc": (15.0, 40.0), "si": (1.0, 3.0, 6.0), "mas": (0.01, 0.03, 0.1)},
+    number=10,
+    optimizer=dict(kind="sgd", momentum=0.9),
+)
+
 SETTINGS = {
-    "permuted": Setting(
-        "domain",
-        {
-            "ewc": _fisher("ewc", 15.0),
-            "si": (dict(kind="si", weight=3.0),),
-            "plain": (),
-            "online_ewc": _fisher("ewc", 15.0, form="online"),
-            "replay": (dict(kind="replay", rows=0.5, size=BUFFER),),
-            "mas": _fisher("mas", 0.03),
-        },
-        dict(kind="full", rate=0.1, head_rate=0.1, epochs=3),
-        {"ewc": (15.0, 40.0), "si": (1.0, 3.0, 6.0), "mas": (0.01, 0.03, 0.1)},
-        number=10,
-        optimizer=dict(kind="sgd", momentum=0.9),
+    "permuted": _PERMUTED,
+    # As wide as the network that the paper of EWC takes for ten tasks may be (400 to 2000).
+    "permuted_wide": _PERMUTED._replace(
+        ways={way: _PERMUTED.ways[way] for way in ("ewc", "si", "plain")}, hidden=(1000, 1000)
     ),
     "split_task": Setting(
         "task",
@@ -99,7 +110,7 @@ SETTINGS = {
 def tasks(name: str, path: str, number: int, sizes: Mapping[str, Any]) -> tuple[dict, ...]:
     """Return the tasks of a setting on MNIST in a folder."""
     data = dict(kind="mnist", path=path, **sizes)
-    if name == "permuted":
+    if name.startswith("permuted"):
         orders = (None, *range(1, number))
         return tuple(dict(name=f"order_{i}", data=dict(data, permutation=order))
                      for i, order in enumerate(orders))  # fmt: skip
