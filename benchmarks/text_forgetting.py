@@ -1,8 +1,9 @@
 """The text setting of `benchmarks.forgetting`: MiniLM tuned on film reviews, then on spam.
 
 The head of the reviews stays on the model; its accuracy is watched while a task of another kind is
-learned in several ways. Strengths are round numbers that nothing was searched for yet; `--search`
-compares some by validation figures, from a seed that the table does not use.
+learned in several ways. Strengths of L2-SP, EWC and KL are the best that `--search` found by the
+validation figures, from a seed that the table does not use: what keeps most of the reviews while
+spam stays within a point. Those of LwF and replay were not searched.
 """
 
 import contextlib
@@ -40,8 +41,8 @@ PLANS: dict[str, Mapping[str, Any]] = {
 }
 PENALTIES: dict[str, dict[str, Any]] = {
     "l2_sp": dict(kind="l2_sp", weight=1.0),
-    "ewc": dict(kind="ewc", weight=1000.0, examples=256, chunk=32),
-    "kl": dict(kind="kl", weight=1.0, temperature=1.0),
+    "ewc": dict(kind="ewc", weight=10000.0, examples=256, chunk=32),
+    "kl": dict(kind="kl", weight=3.0, temperature=1.0),
     "lwf": dict(kind="lwf", weight=1.0),
     "replay": dict(kind="replay", rows=0.05),
 }

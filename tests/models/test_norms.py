@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jtl.models.layers.norms import BatchNorm, batch_moments
+from jtl.models.layers.norms import BatchNorm, batch_moments, normalise
 
 
 def _variables(dim, mean=None, var=None):
@@ -199,3 +199,84 @@ def test_a_live_norm_whose_statistics_may_not_move_normalises_by_those_stored():
     own = {"params": {"scale": jnp.ones(1), "bias": jnp.zeros(1)}, "batch_stats": stored}
     out = BatchNorm(epsilon=0.0).apply(own, x, None, True)
     np.testing.assert_allclose(out, [[0.0], [1.0]], atol=1e-6)
+
+
+def _by_the_formula(x, scale, bias, mask, otherwise, epsilon, axis_name, dtype):
+    """Return what `normalise` does, without a gradient of its own."""
+    mean, var, count = batch_moments(x, mask, axis_name=axis_name)
+    mean, var = (jnp.where(count > 0, *pair) for pair in zip((mean, var), otherwise, strict=True))
+    normal = (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + epsilon)
+    return (normal * scale + bias).astype(dtype), (mean, var, count)
+
+
+MASKS = {"all": None, "some": [True, False, True, True], "none": [False] * 4}
+
+
+def _case(mask, shape=(4, 3, 2, 5), dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = (jax.random.normal(keys[0], shape) * 2 + 1).astype(dtype)
+    scale, bias, mean = (jax.random.normal(key, shape[-1:]) for key in keys[1:4])
+    otherwise = (mean, jnp.square(jax.random.normal(keys[4], shape[-1:])) + 0.5)
+    slope = jax.random.normal(keys[5], shape)  # of padding rows too
+    mask = None if MASKS[mask] is None else jnp.array(MASKS[mask])
+    return x, scale, bias, mask, otherwise, slope
+
+
+def _pulled(function, case, axis_name=None, dtype=jnp.float32):
+    x, scale, bias, mask, otherwise, slope = case
+
+    def value(x, scale, bias):
+        y, _ = function(x, scale, bias, mask, otherwise, 1e-3, axis_name, dtype)
+        return y
+
+    return jax.vjp(value, x, scale, bias)[1](slope.astype(dtype))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("shape", [(4, 3, 2, 5), (4, 5)])
+def test_the_gradient_is_that_of_the_formula(mask, shape):
+    with jax.numpy_rank_promotion("allow"):
+        want = _pulled(_by_the_formula, _case(mask, shape))
+    for a, b in zip(_pulled(normalise, _case(mask, shape)), want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_in_bfloat16_has_the_dtypes_of_what_it_is_of():
+    case = _case("some", dtype=jnp.bfloat16)
+    got = _pulled(normalise, case, dtype=jnp.bfloat16)
+    assert [str(leaf.dtype) for leaf in got] == ["bfloat16", "float32", "float32"]
+    with jax.numpy_rank_promotion("allow"):
+        want = _pulled(_by_the_formula, case, dtype=jnp.bfloat16)
+    for a, b in zip(got, want, strict=True):
+        gap = np.asarray(a, np.float32) - np.asarray(b, np.float32)
+        assert np.abs(gap).max() < 0.05
+
+
+def test_the_gradient_over_devices_is_that_of_the_whole_batch():
+    # As in a step: each device has the loss of its rows, and sums what it is of over the devices.
+    whole = _case("some")
+    x, scale, bias, mask, otherwise, slope = whole
+    parts = [leaf.reshape(2, 2, *leaf.shape[1:]) for leaf in (x, mask, slope)]
+
+    def own(x, mask, slope):
+        return _pulled(normalise, (x, scale, bias, mask, otherwise, slope), "devices")
+
+    by_x, by_scale, by_bias = jax.vmap(own, axis_name="devices")(*parts)
+    got = by_x.reshape(x.shape), by_scale.sum(0), by_bias.sum(0)
+    for a, b in zip(got, _pulled(normalise, whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_the_gradient_is_that_of_the_formula():
+    case = _case("some")
+
+    def twice(function):
+        def length(x):
+            by_x, by_scale, _ = _pulled(function, (x, *case[1:]))
+            return jnp.sum(jnp.sin(by_x)) + jnp.sum(by_scale**2)
+
+        return jax.grad(length)(case[0])
+
+    with jax.numpy_rank_promotion("allow"):
+        want = twice(_by_the_formula)
+    np.testing.assert_allclose(twice(normalise), want, rtol=1e-3, atol=1e-4)
