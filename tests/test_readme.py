@@ -40,8 +40,6 @@ def test_the_plan_by_hand_is_a_plan():
 @pytest.mark.slow
 def test_fine_tuning_in_python(tmp_path, monkeypatch, capsys, one_device):
     monkeypatch.chdir(tmp_path)
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
     small = BLOCKS[0].replace(
         "train=200, validation=100, test=100", "train=32, validation=16, test=16"
     )
@@ -49,10 +47,7 @@ def test_fine_tuning_in_python(tmp_path, monkeypatch, capsys, one_device):
         "max_length=64", "max_length=16"
     )
     assert small != BLOCKS[0]
-    try:
-        named = _run(small)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    named = _run(small)
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     shown = capsys.readouterr().out
     assert "'test_interval'" in shown and "Prediction(label=" in shown

@@ -30,15 +30,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    """Programs that runs share are compiled once, and nothing is left in the user's cache."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @functools.cache
 def _backbone():
     return scratch.scratch("mlp", SHAPE)

@@ -26,15 +26,6 @@ PHASE_KEYS = {"name", "live", "epochs", "steps", "metric_before", "metric_after"
 PHASE_KEYS |= {"compile_seconds", "flops_per_step", "optimizer_bytes"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    """Programs that runs share are compiled once, and nothing is left in the user's cache."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @pytest.fixture(scope="module")
 def data():
     return tiny.reviews()

@@ -27,15 +27,6 @@ from jtl.report import record
 HEAD, LAST = frozenset({"head"}), frozenset({"head", "block_1"})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    """Programs that tests share are compiled once."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 @pytest.fixture(scope="module")
 def texts():
     return tiny.reviews(train=32, validation=16, test=16)
