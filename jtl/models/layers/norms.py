@@ -224,8 +224,8 @@ class BatchNorm(nn.Module):
         if live and moving:
             self._check(x)
             how = (self.epsilon, self.axis_name, self.dtype)
-            y, moments = normalise(x, scale, bias, mask, (mean, var), *how)
-            batch_mean, batch_var, count = jax.lax.stop_gradient(moments)
+            made: Any = normalise(x, scale, bias, mask, (mean, var), *how)
+            y, (batch_mean, batch_var, count) = made[0], jax.lax.stop_gradient(made[1])
             unbiased = batch_var * count / jnp.maximum(count - 1.0, 1.0)
             rate = jnp.where(count > 0, self.momentum, 0.0)
             stored_mean.value = (1.0 - rate) * mean + rate * batch_mean
