@@ -18,7 +18,6 @@ PAIRS = tuple((digit, digit + 1) for digit in range(0, 10, 2))
 BUFFER = 2000  # examples that replay keeps in all
 QUICK = {
     "permuted": ("ewc", "si"),
-    "permuted_wide": ("ewc",),
     "split_task": ("lwf",),
     "split_class": ("replay",),
 }
