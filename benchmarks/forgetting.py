@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--mnist", help="folder of IDX files; left out, the fetched asset")
     parser.add_argument("--ways", nargs="*", help="only these")
+    parser.add_argument("--folder", help="keeps the runs of text: given again, they go on")
     parser.add_argument("--json", help="file to which the rows are added")
     parser.add_argument("--search", action="store_true", help="compare strengths on validation")
     parser.add_argument("--quick", action="store_true")
@@ -77,7 +78,8 @@ def _rows(name: str, options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     if name == "cost":
         return penalty_cost.rows(options.quick)
     if name == "text":
-        return text_forgetting.rows(options.quick, seeds, search=options.search, ways=options.ways)
+        more = dict(search=options.search, ways=options.ways, folder=options.folder)
+        return text_forgetting.rows(options.quick, seeds, **more)
     path = options.mnist or str(assets.fetch("mnist"))
     setting = digit_tasks.SETTINGS[name]
     ways = options.ways or (digit_tasks.QUICK[name] if options.quick else tuple(setting.ways))
