@@ -3,6 +3,7 @@
 One network has a block and a head for each optimizer, so that one compiled step tries them all.
 """
 
+import functools
 import inspect
 import itertools
 
@@ -223,12 +224,13 @@ def test_over_a_border_moments_go_on_and_a_new_group_starts_as_if_alone():
     closing, opening = jax.jit(now.update), jax.jit(later.update)
     _, state = closing(grads, now.init(params), params)
     closed, opened = closing(grads, state, params), opening(grads, state, params)
-    masks.assert_held(closed[0]["head"], opened[0]["head"])
     fresh = opening(grads, later.init(params), params)
-    masks.assert_held(fresh[0]["block"], opened[0]["block"])
+    masks.assert_held(fresh[0]["block"], opened[0]["block"])  # of one program, so of the same bits
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(near, closed[0]["head"], opened[0]["head"])
     for name in OPTIMIZERS:
         for label, one in ((f"head/{name}", closed), (f"block/{name}", fresh)):
-            masks.assert_held(one[1].inner_states[label], opened[1].inner_states[label])
+            jax.tree.map(near, one[1].inner_states[label], opened[1].inner_states[label])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
