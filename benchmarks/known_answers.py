@@ -79,10 +79,10 @@ def smollm2() -> Iterator[Answer]:
     module, params = load_head(folder, backbone, "causal_lm")
     model = attach(backbone, {"next": module}, key=jax.random.key(0))
     weights = {"backbone": backbone.params, "heads": {"next": params}}
-    apply = jax.jit(lambda batch: model.apply(weights, {}, batch)[0]["next"])
+    apply = jax.jit(lambda weights, batch: model.apply(weights, {}, batch)[0]["next"])
 
     batch = backbone.inputs(list(NEXT_WORDS))
-    logits = np.asarray(apply(batch))
+    logits = np.asarray(apply(weights, batch))
     ends = batch["attention_mask"].sum(1) - 1
     for row, (text, word) in enumerate(NEXT_WORDS.items()):
         said = backbone.inputs.tokenizer.decode([int(logits[row, ends[row]].argmax())]).strip()
@@ -91,7 +91,7 @@ def smollm2() -> Iterator[Answer]:
     found = []
     for text in (PARAGRAPH, backwards):
         batch = backbone.inputs([text])
-        found.append(perplexity(np.asarray(apply(batch))[0], batch["input_ids"][0]))
+        found.append(perplexity(np.asarray(apply(weights, batch))[0], batch["input_ids"][0]))
     below, more = f"below {HIGHEST_PERPLEXITY}", found[1] / found[0]
     right = found[0] < HIGHEST_PERPLEXITY
     yield {"what": "perplexity", "value": found[0], "expected": below, "right": right}

@@ -1,5 +1,6 @@
 """Greedy decoding by Whisper: the likeliest next token until the end, the encoder run once."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,14 +29,14 @@ def greedy(
             `begin_suppress_tokens`, which are never chosen, or never first.
     """
     variables = {"params": backbone.params}
-    encode = jax.jit(lambda x: backbone.module.apply(variables, x, method=_encoded))
-    step = jax.jit(lambda *args: backbone.module.apply(variables, *args, method=_next))
-    encoded = encode(jnp.asarray(features))
+    encode = jax.jit(functools.partial(backbone.module.apply, method=_encoded))
+    step = jax.jit(functools.partial(backbone.module.apply, method=_next))
+    encoded = encode(variables, jnp.asarray(features))
     tokens = np.zeros((1, len(prefix) + most), np.int32)
     tokens[0, : len(prefix)] = prefix
     never = list(rules.get("suppress_tokens") or [])
     for place in range(len(prefix), tokens.shape[1]):
-        logits = np.array(step(tokens, encoded, place - 1))
+        logits = np.array(step(variables, tokens, encoded, place - 1))
         first = place == len(prefix)
         logits[[*never, *(rules.get("begin_suppress_tokens") or [] if first else [])]] = -np.inf
         tokens[0, place] = logits.argmax()

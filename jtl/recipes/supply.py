@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jtl import data as jdata
@@ -17,7 +16,7 @@ from jtl.recipes.views import View, make_view, shapes_together, together
 from jtl.report.counting import counting
 from jtl.train import evaluate, parallel, run
 from jtl.train.coming import Epoch
-from jtl.train.compile import shapes_of
+from jtl.train.compile import lifted, shapes_of
 from jtl.train.parallel import Spread
 
 
@@ -189,7 +188,7 @@ def _with_columns(
         keys = {}
         if store.disk_bytes:  # they are read with care: every weight counts
             keys = column_keys(part.columns, dataset, size, part.column_names)
-        compute = jax.jit(part.columns)
+        compute = lifted(part.columns)  # it holds the start model
         show = counting(f"outputs for {part.name}")
         whole = jdata.derive(
             *(dataset, size, compute),

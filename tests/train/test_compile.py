@@ -14,6 +14,8 @@ from jtl.train.compile import (
     compiler_options,
     enable_cache,
     in_background,
+    lift,
+    lifted,
     make_compiled,
     shapes_of,
 )
@@ -210,3 +212,31 @@ def test_steps_on_a_cpu_are_compiled_at_the_level_that_is_enough(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiler_options() == {}
+
+
+def test_what_a_function_holds_is_no_constant_of_its_program():
+    held = jnp.arange(10_000.0)
+
+    def function(batch):  # programs within it are given what they read
+        return {"y": jax.jit(jnp.dot)(batch["x"], held) + jnp.sum(held)}
+
+    batch = {"x": jnp.ones(10_000)}
+    made = lift(function, jax.eval_shape(lambda: batch))
+    text = made.run.lower(made.held, *jax.tree.leaves(batch)).as_text()
+    assert 'dense<"0x' not in text and sum(x.size for x in made.held) >= held.size
+    assert made(batch)["y"] == function(batch)["y"]
+    as_closure = jax.jit(function).lower(batch).as_text()
+    assert 'dense<"0x' in as_closure  # what it would be otherwise
+
+
+def test_a_lifted_function_is_compiled_once_for_each_shape():
+    held, traces = jnp.arange(3.0), []
+
+    def function(batch):
+        traces.append(batch["x"].shape)
+        return {"y": batch["x"] @ held}
+
+    call = lifted(function)
+    for rows in (2, 4, 2, 4):
+        assert call({"x": jnp.ones((rows, 3))})["y"].tolist() == [3.0] * rows
+    assert traces == [(2, 3), (4, 3)]
