@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.extend import core
 
 from jtl.train.state import Batch, Step, TrainState
 
@@ -163,7 +164,7 @@ def lift(function: Callable[[Any], Any], argument: Any) -> Lifted:
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(argument)
 
     def run(held: Any, *leaves: Any) -> Any:
-        return jax.core.eval_jaxpr(closed.jaxpr, held, *leaves)
+        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, held))(*leaves)
 
     return Lifted(jax.jit(run), closed.consts, jax.tree.structure(shapes))
 
