@@ -22,9 +22,10 @@ from flax.traverse_util import flatten_dict
 
 from jtl.models import heads as head_kinds
 from jtl.models.backbone import Backbone
-from jtl.models.load import EXTRA_CONFIG, load_backbone
+from jtl.models.load import load_backbone
 from jtl.models.load_head import read_head, with_heads
 from jtl.models.model import Model, attach_weights, outline
+from jtl.models.stated import EXTRA_CONFIG
 from jtl.weights.files import Checkpoint, read_config, read_json, read_safetensors
 from jtl.weights.load import fill
 from jtl.weights.rename import Rule, to_torch, torch_name

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jtl.models.backbone import Backbone
-from jtl.models.load import opened
 from jtl.models.model import Model, attach, attach_weights, outline
+from jtl.models.stated import opened
 from jtl.weights.checkpoint import Checkpoint
 from jtl.weights.load import fill
 from jtl.weights.report import check

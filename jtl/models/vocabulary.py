@@ -17,8 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jtl.models.backbone import Backbone
-from jtl.models.load import full_config
 from jtl.models.model import Model
+from jtl.models.stated import full_config
 
 Pieces = tuple[tuple[int, ...], ...]
 

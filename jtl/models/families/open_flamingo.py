@@ -40,7 +40,8 @@ from jtl.models.heads.language import CausalLM
 from jtl.models.inputs import load_inputs
 from jtl.models.layers.clip_towers import vision_config
 from jtl.models.layers.resampler import EPSILON
-from jtl.models.load import Place, full_config, load_backbone, opened
+from jtl.models.load import Place, load_backbone
+from jtl.models.stated import full_config, opened
 from jtl.weights import Checkpoint, layouts, locate, read
 from jtl.weights.rename import normalise
 

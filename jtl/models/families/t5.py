@@ -315,9 +315,9 @@ def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def _encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the whole config of T5, whose `model_type` transformers' encoder class has."""
-    from jtl.models import load
+    from jtl.models import stated
 
-    return load.full_config(T5_ROW, config)
+    return stated.full_config(T5_ROW, config)
 
 
 def _head(config: Mapping[str, Any], backbone: Backbone) -> CausalLM:

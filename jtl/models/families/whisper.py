@@ -42,7 +42,7 @@ def whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
     """Return the fields that the model reads, checked.
 
     Args:
-        config: the whole dict of `config.json`, as `load.full_config` gives it.
+        config: the whole dict of `config.json`, as `stated.full_config` gives it.
 
     Raises:
         ValueError: a field is missing, the heads do not divide the width, the width is odd, or the
@@ -304,7 +304,7 @@ def _example(config: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a whole Whisper's config, which an encoder's is too."""
-    from jtl.models.load import full_config
+    from jtl.models.stated import full_config
 
     return full_config(WHISPER, config)
 
