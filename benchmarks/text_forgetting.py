@@ -73,6 +73,9 @@ def rows(
         ways: only these and plain tuning; None is all.
         folder: where the runs are kept; started again, it goes on where it was. None: nowhere.
     """
+    known = tuple(SEARCH) if search else WAYS
+    if unknown := sorted(set(ways or ()) - set(known)):
+        raise ValueError(f"no such ways of text: {unknown}; there are {known}")
     with tempfile.TemporaryDirectory() as passing:
         place = pathlib.Path(folder or passing)
         if search:
@@ -155,7 +158,7 @@ def _searched(place: pathlib.Path, quick: bool, ways: Sequence[str]) -> list[dic
     place = place / f"search_{SEARCH_SEED}"
     source = _source(place / "source", SEARCH_SEED, quick)
     found = []
-    searched = {way: SEARCH[way] for way in ways if way in SEARCH}
+    searched = {way: SEARCH[way] for way in ways}
     for way, weights in {"plain": (0.0,), **searched}.items():
         for weight in weights:
             penalties = (dict(PENALTIES[way], weight=weight),) if way in PENALTIES else ()

@@ -12,8 +12,8 @@ from importlib.metadata import version
 # FLOPs and buffers are the same; XLA_FLAGS from outside takes their place. Products are small.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 FLAGS += " --xla_cpu_multi_thread_eigen=false"
-# Small programs compile in half the time without fusion emitters (large ones in twice). A later
-# jaxlib has nothing else, and ends the process at a flag that it does not know.
+# Small programs compile faster without fusion emitters (large ones slower). A later jaxlib has
+# nothing else, and ends the process at a flag that it does not know.
 if version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)

@@ -150,7 +150,7 @@ def lift(function: Callable[[Any], Any], argument: Any) -> Lifted:
     """Return a function jitted for these shapes, what it holds given to the program, not in it.
 
     `jax.jit` writes the arrays of a closure into the program as constants: a second copy of a
-    model's weights, which XLA folds for minutes where they are large.
+    model's weights, which XLA then folds, and a program that no other weights can use.
 
     >>> weights = jnp.arange(3.0)
     >>> double = lift(lambda x: {"y": x * weights}, jnp.ones(3))
